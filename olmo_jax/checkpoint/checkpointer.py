@@ -1,0 +1,325 @@
+"""Saves checkpoints in the background, commits them, and removes the ones no longer wanted.
+
+A save is put together in `step{N}.tmp`, gets its manifest as its last file, and becomes `step{N}`
+by one rename, which a local disk does as a whole or not at all. (An object store has no rename:
+there the manifest, written last, is by itself the commit, and readers already ask for it.) An older
+checkpoint is removed only after that; it is first renamed away, so that a kill in the middle of the
+removal cannot leave a complete-looking half. Reading is `CheckpointReader`'s.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from olmo_jax.checkpoint.checksums import MANIFEST, write_manifest
+from olmo_jax.checkpoint.reader import (
+    METADATA,
+    CheckpointReader,
+    Name,
+    item_trees,
+    log,
+    named_leaves,
+)
+from olmo_jax.checkpoint.run_folder import is_disk_full, size_text, sync_folder, write_bytes
+from olmo_jax.errors import UserError
+
+# One array is stored in pieces of at most this, so that a slice of a big one can be read alone.
+_CHUNK_BYTES = 64 * 2**20
+_BARRIER_MS = 20 * 60 * 1000
+_barrier_number = itertools.count()
+
+# Orbax logs a traceback from each of its threads in which a write failed; the failure itself reaches
+# us, and the person, as one line.
+logging.getLogger("absl").addFilter(
+    lambda record: not record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
+)
+
+
+@dataclass(
+    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+)
+class CheckpointConfig:
+    """When checkpoints are saved, and which are kept."""
+
+    every: int = Field(default=1000, ge=1)
+    """Steps between permanent checkpoints, which are never removed; OLMo's released ones are 1000
+    steps apart."""
+
+    ephemeral_every: int | None = Field(default=None, ge=1)
+    """Steps between ephemeral checkpoints, of which only the newest few are kept; None: none."""
+
+    keep_ephemeral: int = Field(default=1, ge=1)
+    """How many ephemeral checkpoints are kept. One is enough: it is removed only once the next
+    is complete."""
+
+    fixed_steps: tuple[int, ...] = ()
+    """Further steps with a permanent checkpoint (0: before the first step)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.ephemeral_every is not None and self.ephemeral_every >= self.every:
+            raise ValueError(
+                f"ephemeral_every = {self.ephemeral_every} must be less than every = {self.every}"
+            )
+        if any(step < 0 for step in self.fixed_steps):
+            raise ValueError(f"fixed_steps = {self.fixed_steps} must not be negative")
+        return self
+
+    def is_permanent(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept for ever."""
+        return step in self.fixed_steps or (step > 0 and step % self.every == 0)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` finished steps."""
+        ephemeral = self.ephemeral_every
+        return self.is_permanent(step) or (
+            ephemeral is not None and step > 0 and step % ephemeral == 0
+        )
+
+
+class Checkpointer(CheckpointReader):
+    """Writes the checkpoints of a run; one process group at a time (`RunFolder` sees to that).
+
+    Every process calls every method. The first process deletes, when this is made, what killed
+    saves left behind. `files` are small files copied into each checkpoint, by name
+    (tokenizer.json, config.gin).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: CheckpointConfig,
+        files: Mapping[str, bytes] | None = None,
+    ):
+        super().__init__(folder)
+        self.config = config
+        self._files = dict(files or {})
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        if jax.process_index() == 0:
+            for path in sorted(self.folder.glob("step*.tmp")):
+                log.warning("removing %s, left by a save that was killed", path)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def should_save(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` finished steps."""
+        return self.config.is_due(step)
+
+    def save(
+        self, step: int, state: Any, metadata: Mapping[str, Any], permanent: bool | None = None
+    ) -> None:
+        """Starts saving `state`, a pytree of jax arrays with `params` at its top.
+
+        Returns when the arrays were copied off the device (waiting for the save before, if that
+        is not finished): `state` may be donated at once. `metadata` is JSON. `permanent` says
+        that the checkpoint is never removed; None: as the configuration says. A step whose
+        complete checkpoint is there already is not saved again. Raises UserError when this save,
+        or the one before, failed.
+        """
+        self.wait()
+        if (self.path(step) / MANIFEST).is_file():
+            return
+        leaves = [(name, _detached(leaf)) for name, leaf in named_leaves(state)]
+        needed = sum(leaf.nbytes for _, leaf in leaves)
+        content = {
+            **metadata,
+            "step": step,
+            "permanent": self.config.is_permanent(step) if permanent is None else permanent,
+            "arrays": {
+                "/".join(name): {"shape": leaf.shape, "dtype": str(leaf.dtype)}
+                for name, leaf in leaves
+            },
+        }
+        content_json = json.dumps(content, indent=1).encode()
+        # In the writer's thread, so that a caller with an event loop of its own (a notebook) can
+        # save too. Its failure comes out of _finish, which no process may miss.
+        started = self._writer.submit(asyncio.run, _start(self._temporary(step), leaves))
+        self._pending = self._writer.submit(self._finish, step, started, content_json, needed)
+        wait_for_futures([started])
+
+    def check(self) -> None:
+        """Raises UserError when the save in the background has failed; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is committed and the older ones are dealt with.
+
+        Raises UserError, once, when it failed; what it had written is gone by then.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background thread. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"step{step}.tmp"
+
+    def _finish(
+        self, step: int, started: Future[list[Any]], content_json: bytes, needed: int
+    ) -> None:
+        """In the background: waits for the data, commits, and removes what is too old.
+
+        Every process passes both barriers whatever went wrong before; the files tell the others.
+        """
+        writing = self._temporary(step)
+        failure: Exception | None = None
+        try:
+            _finish_all(started.result())
+            _written(writing, jax.process_index()).touch()
+        except Exception as error:
+            failure = error
+        _barrier()
+        if jax.process_index() == 0 and failure is None:
+            try:
+                self._commit(step, content_json)
+            except Exception as error:
+                failure = error
+        _barrier()
+        if failure is None and not (self.path(step) / MANIFEST).is_file():
+            failure = UserError(f"another process failed to save the checkpoint of step {step}")
+        if failure is not None:
+            raise self._failure(step, needed, failure)
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def _commit(self, step: int, content_json: bytes) -> None:
+        writing = self._temporary(step)
+        for process in range(jax.process_count()):
+            _written(writing, process).unlink()
+        for item in list(writing.iterdir()):
+            _orbax().finalize(epath.Path(item))  # merges what the processes wrote
+        for name, data in self._files.items():
+            write_bytes(writing / name, data)
+        write_bytes(writing / METADATA, content_json)
+        write_manifest(writing)
+        if self.path(step).exists():
+            log.warning("replacing the half-written checkpoint %s", self.path(step))
+            self._remove(step)
+        os.rename(writing, self.path(step))
+        sync_folder(self.folder)
+
+    def _remove_old(self) -> None:
+        ephemeral = []
+        for step in self.steps():
+            try:
+                if not json.loads((self.path(step) / METADATA).read_bytes())["permanent"]:
+                    ephemeral.append(step)
+            except (OSError, ValueError, KeyError):
+                log.warning("kept %s: its %s cannot be read", self.path(step), METADATA)
+        for step in ephemeral[: -self.config.keep_ephemeral]:
+            try:
+                self._remove(step)
+            except OSError as error:
+                log.warning("could not remove %s: %s", self.path(step), error.strerror)
+
+    def _remove(self, step: int) -> None:
+        leaving = self.folder / f"step{step}.removed.tmp"
+        os.rename(self.path(step), leaving)
+        shutil.rmtree(leaving)
+
+    def _failure(self, step: int, needed: int, error: Exception) -> Exception:
+        """Removes the half-written folder, so that it does not keep the disk full; says why.
+
+        What is neither the disk's fault nor the system's is a bug, and stays as it is.
+        """
+        if jax.process_index() == 0:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        if not is_disk_full(error) and not isinstance(error, OSError):
+            return error
+        safe = self.steps()
+        newest = f"the newest complete one is step {safe[-1]}" if safe else "there is no other"
+        if is_disk_full(error):
+            free = size_text(shutil.disk_usage(self.folder).free)
+            reason = f"the disk is full (it needs about {size_text(needed)}, {free} are free)"
+        else:
+            reason = " ".join(str(error).split())
+        return UserError(
+            f"the checkpoint of step {step} could not be saved in {self.folder}: {reason}; {newest}"
+        )
+
+
+def _detached(leaf: Any) -> jax.Array:
+    """The array as the background may keep it: on CPU a copy, elsewhere Orbax makes one.
+
+    On CPU Orbax reads the array's own memory, and the next step, which is given that memory by
+    donation, would stand still until the whole write is done.
+    """
+    array = jnp.asarray(leaf)
+    return jnp.copy(array) if next(iter(array.devices())).platform == "cpu" else array
+
+
+async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]]) -> list[Any]:
+    """Copies the arrays off their devices and starts writing them; gives the writes' futures."""
+    trees = item_trees(leaves)
+    try:
+        if jax.process_index() == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+            for item in trees:
+                (writing / item).mkdir(parents=True)
+    finally:
+        _barrier()
+    writes: list[Any] = []
+    for item, tree in trees.items():
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+        arguments = ocp.args.PyTreeSave(tree, save_args)
+        writes += await _orbax().async_save(epath.Path(writing / item), args=arguments) or []
+    return writes
+
+
+def _finish_all(writes: list[Any]) -> None:
+    """Waits for every write, then raises the first failure.
+
+    Not at the first failure: the folder is removed then, and a write still under way would make it
+    anew.
+    """
+    failures = []
+    for write in writes:
+        try:
+            write.result()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _orbax() -> ocp.PyTreeCheckpointHandler:
+    # Uncompressed: zstd takes 8 % off float32 weights and makes the save four times as long.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _written(writing: Path, process: int) -> Path:
+    return writing / f".written.{process}"
+
+
+def _barrier() -> None:
+    """Waits for all processes; through jax's coordination service, so usable in any thread."""
+    key = f"olmo_jax/checkpoint/{next(_barrier_number)}"
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_BARRIER_MS)

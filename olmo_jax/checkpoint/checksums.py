@@ -1,0 +1,93 @@
+"""Checksums of a checkpoint's files, and the manifest that holds them and marks it complete.
+
+Orbax restores flipped bytes silently, as different parameters; so every file is hashed after it is
+written and again before it is read. Not for secrecy: xxh3 finds damage, not tampering.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from olmo_jax.checkpoint.run_folder import sync_folder, write_bytes
+
+MANIFEST = "manifest.json"
+_BLOCK = 8 * 2**20
+_THREADS = 4
+
+
+def digest(path: Path, sync: bool = False) -> str:
+    """The xxh3-64 digest of a file, in hexadecimal; with `sync`, the file is first forced to disk.
+
+    Syncing is needed before a commit: a manifest that survives a power cut which its data files did
+    not would call a torn checkpoint complete.
+    """
+    hasher = xxhash.xxh3_64()
+    block = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        if sync:
+            os.fsync(file.fileno())
+        while count := file.readinto(block):
+            hasher.update(block[:count])
+    return hasher.hexdigest()
+
+
+def _digest_of_names(files: dict) -> str:
+    """Guards the manifest itself: a damaged file name would take its file out of the check."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def write_manifest(folder: Path) -> None:
+    """Hashes every file under `folder` and writes the manifest, last and atomically."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_THREADS) as pool:  # xxhash and read release the GIL
+        digests = list(pool.map(lambda path: digest(path, sync=True), paths))
+    for subfolder in {path.parent for path in paths} | {folder}:
+        sync_folder(subfolder)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_64": hexdigest}
+        for path, hexdigest in zip(paths, digests, strict=True)
+    }
+    manifest = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
+    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def first_damage(
+    folder: Path, prefixes: Iterable[str] = ("",), share: slice = slice(None)
+) -> str | None:
+    """What is wrong with the files listed in the manifest, or None when every one is as written.
+
+    `prefixes` limits the check to files whose relative path starts with one of them (the weights
+    can be read without reading the optimizer state); `share` limits it to some of those, so that
+    processes can divide the work.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = manifest["files"]
+        if manifest["xxh3_64"] != _digest_of_names(files):
+            return f"its {MANIFEST} is not as written"
+        wanted = [
+            (folder / name, entry["bytes"], entry["xxh3_64"])
+            for name, entry in sorted(files.items())
+            if name.startswith(tuple(prefixes))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+
+    def check(entry: tuple[Path, int, str]) -> str | None:
+        path, size, hexdigest = entry
+        name = path.relative_to(folder)
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes and should have {size}"
+            if digest(path) != hexdigest:
+                return f"{name} does not have the checksum that was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return next((fault for fault in pool.map(check, wanted[share]) if fault), None)

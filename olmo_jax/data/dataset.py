@@ -1,0 +1,282 @@
+"""DataSet: the n-th training instance as a pure function, and look-ups between files and steps.
+
+Reads token files by memory map; prefetch and worker processes are `loader`'s.
+"""
+
+import gzip
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmo_jax.data.batch import Batch, Instance, make_instance, stack
+from olmo_jax.data.config import DataConfig
+from olmo_jax.data.fingerprint import fingerprint, fingerprint_files
+from olmo_jax.data.index_file import default_index_dir
+from olmo_jax.data.instances import FixedInstances, Instances, Piece
+from olmo_jax.data.mixture import Mixture
+from olmo_jax.data.order import Olmo, Order, Permute, Sequential
+from olmo_jax.data.packing import PackedInstances, document_spans
+from olmo_jax.data.repetition import is_repetitive
+from olmo_jax.data.steps import Steps
+from olmo_jax.data.token_files import (
+    Document,
+    TokenFile,
+    check_ids,
+    find_files,
+    open_token_file,
+    smallest_dtype,
+)
+from olmo_jax.errors import UserError
+
+Progress = Callable[[int, int], None]
+_COUNT_DOCUMENTS_BELOW = 256 << 20  # bytes of .csv.gz, a few seconds
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one weight, their instances and their order."""
+
+    name: str
+    files: tuple[TokenFile, ...]
+    instances: Instances
+    order: Order
+    epoch_length: int
+    first_id: int
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a stretch of an instance lies: tokens [start, end) of a file, and its documents."""
+
+    path: str
+    start: int
+    end: int
+    documents: tuple[Document, ...]
+    """Those that overlap the stretch, from the .csv.gz; empty when there is none."""
+
+
+def open_dataset(
+    config: DataConfig, vocab_size: int, progress: Progress | None = None
+) -> "DataSet":
+    """Find and check the files, build what index files the configuration needs.
+
+    `progress(done, total)` counts files. Raises UserError, naming the file and where in it, for
+    anything wrong with them.
+    """
+    dtype = config.dtype or smallest_dtype(vocab_size)
+    if config.eos_token_id is not None and not 0 <= config.eos_token_id < vocab_size:
+        raise UserError(
+            f"Data.eos_token_id {config.eos_token_id} is outside the vocabulary of {vocab_size}"
+        )
+    groups = {
+        name: find_files(patterns)
+        for name, patterns in (config.sources or {"": config.paths}).items()
+    }
+    total, done = sum(len(paths) for paths in groups.values()), 0
+    files: dict[str, tuple[TokenFile, ...]] = {}
+    for name, paths in groups.items():
+        opened = []
+        for path in paths:
+            opened.append(open_token_file(path, dtype, vocab_size))
+            done += 1
+            if progress:
+                progress(done, total)
+        files[name] = tuple(opened)
+    return DataSet(config, vocab_size, files)
+
+
+class DataSet:
+    """Instances in their order. Holds no open file: it pickles to worker processes.
+
+    Instance ids are numbers in file order (sources one after the other), whatever the order or the
+    mixture; n counts what training consumes and runs on over the epochs without a gap.
+    """
+
+    def __init__(
+        self, config: DataConfig, vocab_size: int, files: dict[str, tuple[TokenFile, ...]]
+    ):
+        self.config, self.vocab_size = config, vocab_size
+        self.steps = Steps(config.batch_size, config.batch_size_schedule)
+        self.index_dir = Path(config.index_dir) if config.index_dir else default_index_dir()
+        self.mixture = Mixture([config.weights[name] for name in files]) if config.weights else None
+        self.sources: list[Source] = []
+        for k, (name, source_files) in enumerate(files.items()):
+            instances = self._cut(source_files)
+            length = self._epoch_length(len(instances))
+            order = self._order(k, len(instances))
+            self.sources.append(
+                Source(name, source_files, instances, order, length, self._n_instances())
+            )
+        self._first_ids = np.array([s.first_id for s in self.sources], np.int64)
+        self.fingerprint = self._fingerprint()
+
+    def _n_instances(self) -> int:
+        return sum(len(s.instances) for s in self.sources)
+
+    def _cut(self, files: tuple[TokenFile, ...]) -> Instances:
+        c = self.config
+        if c.instances == "packed":
+            return PackedInstances(
+                files, c.sequence_length, c.group_size, c.eos_token_id, self.index_dir
+            )
+        return FixedInstances(files, c.sequence_length, c.max_target_sequence_length)
+
+    def _order(self, k: int, size: int) -> Order:
+        c = self.config
+        if c.order == "permute":
+            return Permute(size, c.seed, stream=k)
+        if c.order == "olmo":
+            return Olmo(size, c.seed, c.first_epoch, self.index_dir)
+        return Sequential()
+
+    def _epoch_length(self, size: int) -> int:
+        # Both originals end an epoch where the next batch would not be full, and then shuffle anew.
+        if self.config.order == "olmo" and self.mixture is None:
+            return size - size % self.steps.last_batch_size or size
+        return size
+
+    def _fingerprint(self) -> str:
+        c = self.config
+        packed = c.instances == "packed"
+        return fingerprint(
+            {
+                "sequence_length": c.sequence_length,
+                "instances": c.instances,
+                "max_target_sequence_length": c.max_target_sequence_length,
+                "packing": [c.group_size, c.eos_token_id] if packed else None,
+                "order": [c.order, c.seed, c.first_epoch if c.order == "olmo" else None],
+                "mixture": self.mixture.parts if self.mixture else None,
+                "epochs": [s.epoch_length for s in self.sources],
+                "files": [fingerprint_files(s.files, packed) for s in self.sources],
+            }
+        )
+
+    def __len__(self) -> int:
+        """Instances in one epoch, over all sources."""
+        return sum(s.epoch_length for s in self.sources)
+
+    @property
+    def tokens_per_instance(self) -> int:
+        """sequence_length, padding included."""
+        return self.config.sequence_length
+
+    def first_n(self, step: int) -> int:
+        """The first n of a step: instances consumed before it. Steps are counted from 0."""
+        return self.steps.first_n(step)
+
+    def batch_size(self, step: int) -> int:
+        """Instances in a step, over all processes."""
+        return self.steps.batch_size(step)
+
+    def step_of(self, n: int) -> int:
+        """The step that consumes the n-th instance."""
+        return self.steps.step_of(n)
+
+    def instance_id(self, n: int) -> int:
+        """The instance that training consumes n-th, counted from 0."""
+        k, j = self.mixture(n) if self.mixture else (0, n)
+        source = self.sources[k]
+        epoch, i = divmod(j, source.epoch_length)
+        return source.first_id + source.order(epoch, i)
+
+    def instance(self, n: int) -> Instance:
+        """The n-th instance that training consumes, as a row of a batch."""
+        return self.row(self.instance_id(n))
+
+    def row(self, instance_id: int) -> Instance:
+        """An instance by its id. Raises UserError for a token outside the vocabulary."""
+        pieces = self._pieces(instance_id)
+        stretches = []
+        for file, start, end in pieces:
+            tokens = file.tokens[start:end]
+            check_ids(tokens, self.vocab_size, file, start)
+            stretches.append(tokens)
+        tokens = stretches[0] if len(stretches) == 1 else np.concatenate(stretches)
+        keep_loss = not (self.config.repetition_filter and is_repetitive(tokens))
+        boundaries = self._boundaries(pieces, tokens)
+        return make_instance(tokens, boundaries, self.tokens_per_instance, instance_id, keep_loss)
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """A process's rows of a step's global batch: an equal, contiguous block."""
+        rows = self.batch_size(step) // process_count
+        first = self.first_n(step) + process_index * rows
+        return stack([self.instance(n) for n in range(first, first + rows)])
+
+    def where(self, instance_id: int) -> list[Location]:
+        """The stretches of files that make up an instance, with their documents."""
+        return [
+            Location(file.path, start, end, _documents_between(file, start, end))
+            for file, start, end in self._pieces(instance_id)
+        ]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each source: name, files, bytes, tokens, documents (None if not known or too
+        many to count), instances, share of the training instances."""
+        csv_bytes = sum(_size(f.documents_path) for s in self.sources for f in s.files)
+        count = csv_bytes < _COUNT_DOCUMENTS_BELOW
+        return [
+            {
+                "source": s.name or "data",
+                "files": len(s.files),
+                "bytes": sum(f.size * np.dtype(f.dtype).itemsize for f in s.files),
+                "tokens": sum(f.size for f in s.files),
+                "documents": _count_documents(s.files) if count else None,
+                "instances": len(s.instances),
+                "share": self.mixture.parts[k] / self.mixture.period if self.mixture else 1.0,
+            }
+            for k, s in enumerate(self.sources)
+        ]
+
+    def _pieces(self, instance_id: int) -> list[Piece]:
+        if not 0 <= instance_id < self._n_instances():
+            raise UserError(
+                f"there is no instance {instance_id}; the data has 0 to {self._n_instances() - 1}"
+            )
+        source = self.sources[int(np.searchsorted(self._first_ids, instance_id, "right")) - 1]
+        return source.instances.pieces(instance_id - source.first_id)
+
+    def _boundaries(self, pieces: list[Piece], tokens: np.ndarray) -> np.ndarray:
+        """Offsets in the row, above 0, where documents start; none without document masking."""
+        if not self.config.document_masking:
+            return np.empty(0, np.int64)
+        if self.config.instances == "packed":  # a piece is a document
+            return np.cumsum([end - start for _, start, end in pieces])[:-1]
+        if self.config.eos_token_id is not None:
+            return np.flatnonzero(tokens[:-1] == self.config.eos_token_id) + 1
+        [(file, start, end)] = pieces
+        starts = _document_starts(file)
+        lo, hi = np.searchsorted(starts, [start + 1, end])
+        return starts[lo:hi] - start
+
+
+@lru_cache(maxsize=64)
+def _document_starts(file: TokenFile) -> np.ndarray:
+    return document_spans(file, None)[:, 0]
+
+
+@lru_cache(maxsize=8)
+def _documents(file: TokenFile) -> list[Document]:
+    return file.documents() or []
+
+
+def _documents_between(file: TokenFile, start: int, end: int) -> tuple[Document, ...]:
+    return tuple(d for d in _documents(file) if d.start < end and d.end > start)
+
+
+def _count_documents(files: tuple[TokenFile, ...]) -> int | None:
+    if not all(os.path.exists(f.documents_path) for f in files):
+        return None
+    count = 0
+    for file in files:
+        with gzip.open(file.documents_path, "rb") as f:
+            count += sum(1 for _ in f)
+    return count
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0

@@ -1,0 +1,1 @@
+"""What a language model is: its configuration, the released presets, and the Flax NNX modules."""

@@ -1,0 +1,153 @@
+"""The parts of a block: projection, norm, rotary positions, attention, MLP.
+
+Parameters are made with a leading layer axis (L, …) and used without it: the scan over layers, or
+a decoder's loop, hands each call one layer's slice.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.init import Initializer, input_std, output_std
+from olmo_jax.ops.attention import AttentionMask, attention, attention_cached
+from olmo_jax.ops.kernels import Kernels
+from olmo_jax.ops.linear import linear
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with W (in, out) and b only where the config has biases."""
+
+    def __init__(self, init: Initializer, path, config: ModelConfig, kernels, shape, axes, std):
+        layers = config.n_layers
+        self.flat = kernels.linear == "flat"
+        self.name = path.rpartition(".")[2]  # what a remat policy calls the output
+        self.weight = init.normal(f"{path}.weight", (layers, *shape), ("layer", *axes), std)
+        self.bias = (
+            init.constant((layers, shape[1]), ("layer", axes[1]), 0.0) if config.bias else None
+        )
+
+    def __call__(self, x):
+        y = linear(x, self.weight[...], flat=self.flat)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        return checkpoint_name(y, self.name)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32, returned in the input's type.
+
+    The weight is multiplied in float32 before the cast, as OLMo-core does (OLMo casts first; in
+    float32 the two agree).
+    """
+
+    def __init__(self, init: Initializer, config: ModelConfig, shape, axes):
+        self.kind, self.eps = config.norm, config.norm_eps
+        has_weight = config.norm != "layer_nonparametric"
+        self.weight = init.constant(shape, axes, 1.0) if has_weight else None
+        has_bias = config.norm == "layer" and config.bias
+        self.bias = init.constant(shape, axes, 0.0) if has_bias else None
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        if self.kind != "rms":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None:
+            y = y * self.weight[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32, (B, T, 1, rope_dim / 2)."""
+    exponent = jnp.arange(0, config.rope_dim, 2, dtype=jnp.float32) / config.rope_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary positions in half-split layout on the first 2 · cos.shape[-1] dims of each head."""
+    cos, sin = rope
+    half = cos.shape[-1]
+    x = x_BTHC.astype(jnp.float32)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return out.astype(x_BTHC.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with its four projections."""
+
+    def __init__(self, init: Initializer, path: str, config: ModelConfig, kernels: Kernels):
+        d, c = config.d_model, config.head_width
+        heads, kv = config.n_heads * c, config.kv_heads * c
+        std = input_std(config.init, config.init_std, d)
+        out_std = output_std(config.init, config.init_std, d, config.n_layers)
+
+        def make(name, shape, axes, std):
+            return Linear(init, f"{path}.{name}", config, kernels, shape, axes, std)
+
+        self.q = make("q", (d, heads), ("embed", "heads"), std)
+        self.k = make("k", (d, kv), ("embed", "kv_heads"), std)
+        self.v = make("v", (d, kv), ("embed", "kv_heads"), std)
+        self.out = make("out", (heads, d), ("heads", "embed"), out_std)
+
+        def norm(width, axis):
+            return Norm(init, config, (config.n_layers, width), ("layer", axis))
+
+        self.q_norm = norm(heads, "heads") if config.qk_norm else None
+        self.k_norm = norm(kv, "kv_heads") if config.qk_norm else None
+        self.head_width, self.clip = c, config.clip_qkv
+
+    def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
+        """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
+        cache (a pair of (B, K, S, C)) with this call's written at mask.offset."""
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        B, T, _ = x_BTD.shape
+        q_BTHC, k_BTKC, v_BTKC = (a.reshape(B, T, -1, self.head_width) for a in (q, k, v))
+        q_BTHC, k_BTKC = rotate(q_BTHC, rope), rotate(k_BTKC, rope)
+        if cache is None:
+            kv = k_BTKC, v_BTKC
+            out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask)
+        else:
+            at = (0, 0, mask.offset, 0)
+            kv = tuple(
+                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), at)
+                for old, new in zip(cache, (k_BTKC, v_BTKC), strict=True)
+            )
+            out_BTHC = attention_cached(q_BTHC, *kv, mask)
+        out_BTHC = checkpoint_name(out_BTHC, "context")
+        return self.out(out_BTHC.reshape(B, T, -1)), kv
+
+
+class MLP(nnx.Module):
+    """SwiGLU, or two projections with a GELU between."""
+
+    def __init__(self, init: Initializer, path: str, config: ModelConfig, kernels: Kernels):
+        d, f = config.d_model, config.mlp_width
+        std = input_std(config.init, config.init_std, d)
+        out_std = output_std(config.init, config.init_std, f, config.n_layers)
+
+        def make(name, shape, axes, std):
+            return Linear(init, f"{path}.{name}", config, kernels, shape, axes, std)
+
+        self.kind = config.mlp
+        self.gate = make("gate", (d, f), ("embed", "mlp"), std) if self.kind == "swiglu" else None
+        self.up = make("up", (d, f), ("embed", "mlp"), std)
+        self.down = make("down", (f, d), ("mlp", "embed"), out_std)
+
+    def __call__(self, x_BTD):
+        up_BTF = self.up(x_BTD)
+        if self.gate is not None:
+            hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
+        else:
+            hidden_BTF = jax.nn.gelu(up_BTF, approximate=self.kind == "gelu_tanh")
+        return self.down(hidden_BTF)

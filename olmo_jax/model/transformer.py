@@ -1,0 +1,160 @@
+"""The whole architecture: blocks of attention and MLP between an embedding and a head.
+
+It knows nothing of training, files or devices; weights carry logical axis names, and `parallel/`
+decides where those live.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from olmo_jax.errors import UserError
+from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.init import Initializer, input_std
+from olmo_jax.model.layers import MLP, Attention, Norm, rope_tables
+from olmo_jax.model.presets import preset
+from olmo_jax.ops.attention import AttentionMask
+from olmo_jax.ops.kernels import Kernels, pick_kernels
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names(
+        "q", "k", "v", "context", "out", "gate", "down"
+    ),
+}
+
+
+class Block(nnx.Module):
+    """One layer, attention then MLP, each with its norm and its residual add."""
+
+    def __init__(self, init: Initializer, config: ModelConfig, kernels: Kernels):
+        shape, axes = (config.n_layers, config.d_model), ("layer", "embed")
+        self.attention = Attention(init, "layers.attention", config, kernels)
+        self.mlp = MLP(init, "layers.mlp", config, kernels)
+        self.attention_norm = Norm(init, config, shape, axes)
+        self.mlp_norm = Norm(init, config, shape, axes)
+        self.pre, self.parallel = config.norm_place == "pre", config.parallel_residual
+
+    def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
+        """The residual stream after this layer, and its keys and values (see Attention)."""
+        if self.pre:
+            attended, kv = self.attention(self.attention_norm(x_BTD), rope, mask, cache)
+        else:
+            attended, kv = self.attention(x_BTD, rope, mask, cache)
+            attended = self.attention_norm(attended)
+        h_BTD = x_BTD + attended
+        mlp_in = x_BTD if self.parallel else h_BTD
+        if self.pre:
+            return h_BTD + self.mlp(self.mlp_norm(mlp_in)), kv
+        return h_BTD + self.mlp_norm(self.mlp(mlp_in)), kv
+
+
+class Table(nnx.Module):
+    """A matrix that is not stacked over layers: the embedding, the head."""
+
+    def __init__(self, init: Initializer, path: str, shape, axes, std):
+        self.weight = init.normal(f"{path}.weight", shape, axes, std)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model; `model(tokens_BT)` gives float32 logits_BTV."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, kernels: Kernels | None = None):
+        if config.n_experts or config.rope_scaling != "none" or config.position != "rope":
+            raise UserError(
+                "this model has experts, RoPE scaling or ALiBi, which this version describes but "
+                "does not run: use n_experts = 0, rope_scaling = 'none', position = 'rope'"
+            )
+        self.config = config
+        self.kernels = kernels or pick_kernels(jax.default_backend())
+        init = Initializer(seed)
+        d, std = config.d_model, input_std(config.init, config.init_std, config.d_model)
+        embed_std = config.embedding_init_std or std
+        self.embed = Table(init, "embed", (config.rows, d), ("vocab", "embed"), embed_std)
+        self.layers = Block(init, config, self.kernels)
+        self.final_norm = Norm(init, config, (d,), ("embed",))
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Table(init, "lm_head", (d, config.rows), ("embed", "vocab"), std)
+        )
+
+    def head_DV(self) -> jax.Array:
+        """The matrix from the final norm's output to logits."""
+        if self.lm_head is None:
+            return self.embed.weight[...].T
+        return self.lm_head.weight[...]
+
+    def embedded(self, tokens_BT) -> jax.Array:
+        """The residual stream before the first layer."""
+        table = self.embed.weight[...]
+        return jnp.take(table, tokens_BT, axis=0).astype(self.config.compute_dtype)
+
+    def hidden(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
+        """The final norm's output, (B, T, D), in the compute type."""
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        rope = rope_tables(self.config, positions_BT)
+        pattern = self.config.window_pattern
+        graph, weights = nnx.split(self.layers)
+
+        def group(x_BTD, group_weights):
+            for i, window in enumerate(pattern):
+                layer = jax.tree.map(lambda a, i=i: a[i], group_weights)
+                mask = AttentionMask(window=window, segment_ids_BT=segment_ids_BT)
+                x_BTD, _ = nnx.merge(graph, layer)(x_BTD, rope, mask)
+            return x_BTD, None
+
+        if self.config.remat != "none":
+            group = jax.checkpoint(group, policy=_REMAT_POLICIES[self.config.remat])
+        grouped = jax.tree.map(lambda a: a.reshape(-1, len(pattern), *a.shape[1:]), weights)
+        x_BTD, _ = jax.lax.scan(group, self.embedded(tokens_BT), grouped)
+        return self.final_norm(x_BTD)
+
+    def logits(self, x_BTD) -> jax.Array:
+        """The head's float32 logits (B, T, V) of the final norm's output."""
+        head_DV = self.head_DV().astype(x_BTD.dtype)
+        return jnp.dot(x_BTD, head_DV, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens_BT, segment_ids=None, positions=None) -> jax.Array:
+        """float32 logits (B, T, V) of integer tokens (B, T).
+
+        segment_ids (B, T): attention stays within equal ids. positions (B, T): rotary positions,
+        0, 1, 2, … where not given.
+        """
+        return self.logits(self.hidden(tokens_BT, segment_ids, positions))
+
+
+def init(model: str | ModelConfig, seed: int = 0, kernels: Kernels | None = None) -> Transformer:
+    """A model with random weights, as its family was initialised; `model` is a preset's name or a
+    configuration. Compiled, so that a mesh's devices can each make their own part."""
+    config = preset(model) if isinstance(model, str) else model
+    abstract = abstract_model(config, kernels)
+    return bind(abstract, jax.jit(lambda: parameters(Transformer(config, seed, kernels)))())
+
+
+def abstract_model(config: ModelConfig, kernels: Kernels | None = None) -> Transformer:
+    """The model's structure with shapes instead of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, kernels=kernels))
+
+
+def parameters(model: Transformer) -> dict:
+    """The weights as a plain nested dict of arrays (or of shapes, for an abstract model)."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def bind(model: Transformer, params: dict) -> Transformer:
+    """A model of the same structure that reads its weights from `params`; `model` is left alone."""
+    graph, state = nnx.split(model)
+    state = jax.tree.map(lambda a: a, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def parameter_axes(model: Transformer) -> dict:
+    """The logical axis names of every weight, as a nested dict like `parameters`."""
+    state = nnx.state(model, nnx.Param)
+    axes = jax.tree.map(
+        lambda p: p.get_metadata()["axes"], state, is_leaf=lambda p: isinstance(p, nnx.Variable)
+    )
+    return nnx.to_pure_dict(axes)

@@ -1,0 +1,1 @@
+"""The mesh, what lives where on it, and the settings of the process."""

@@ -1,0 +1,1 @@
+"""Training: optimizer, schedules, the pure step, the loop, metrics."""

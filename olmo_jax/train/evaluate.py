@@ -1,0 +1,122 @@
+"""Held-out evaluation in the loop: loss, perplexity and bits per byte of token files.
+
+Tasks (questions with answers) are `eval/`'s; it hands its own evaluators to the loop.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from olmo_jax.data.batch import Batch
+from olmo_jax.data.token_files import find_files, open_token_file, smallest_dtype
+from olmo_jax.data.tokenizer import token_bytes
+from olmo_jax.errors import UserError
+from olmo_jax.model.transformer import Transformer
+from olmo_jax.parallel.sharding import batch_parts, to_global
+from olmo_jax.train.step import loss_function
+
+
+class Evaluation(NamedTuple):
+    """What an evaluator found: numbers by name, and (prompt, text) samples."""
+
+    metrics: dict[str, float]
+    samples: Sequence[tuple[str, str]] = ()
+
+
+class Evaluator(Protocol):
+    """Anything that the loop calls every `Train.heldout_every` steps and at the end."""
+
+    def __call__(self, model: Transformer, step: int) -> Evaluation: ...
+
+
+class HeldOut:
+    """Scores every token of some files once.
+
+    A file is one stream, begun by an eos, cut into windows of T that do not overlap; within a
+    window each token sees what came before it there. Bits per byte divides by the bytes that the
+    scored tokens stand for.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        sequence_length: int,
+        batch_size: int,
+        vocab_size: int,
+        eos_token_id: int | None,
+        document_masking: bool,
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+        dtype: str | None = None,
+    ):
+        if eos_token_id is None:
+            raise UserError(
+                "Train.heldout is given and Data.eos_token_id is not: give the id of the token "
+                "that ends a document, which stands before the first one"
+            )
+        self.mesh, self.eos, self.document_masking = mesh, eos_token_id, document_masking
+        parts = batch_parts(mesh)
+        self.shape = (-(-batch_size // parts) * parts, sequence_length)
+        dtype = dtype or smallest_dtype(vocab_size)
+        self.files = [open_token_file(path, dtype, vocab_size) for path in find_files(paths)]
+        self.bytes_V = None if tokenizer is None else token_bytes(tokenizer)
+        self._score = jax.jit(_score)
+
+    def __call__(self, model: Transformer, step: int) -> Evaluation:
+        """heldout/loss (nats a token), heldout/perplexity, heldout/bits_per_byte."""
+        nats = tokens = n_bytes = 0.0
+        for batch in self._batches():
+            counted = batch.loss_mask_BT
+            nats += float(self._score(model, to_global(self.mesh, batch)))
+            tokens += counted.sum()
+            if self.bytes_V is not None:
+                n_bytes += self.bytes_V[batch.targets_BT[counted]].sum()
+        loss = nats / tokens
+        metrics = {"heldout/loss": loss, "heldout/perplexity": math.exp(min(loss, 700.0))}
+        if n_bytes:
+            metrics["heldout/bits_per_byte"] = nats / math.log(2) / float(n_bytes)
+            metrics["heldout/bytes"] = int(n_bytes)
+        return Evaluation(metrics)
+
+    def _batches(self) -> Iterator[Batch]:
+        B, T = self.shape
+        for file in self.files:
+            stream = np.concatenate([[self.eos], file.tokens]).astype(np.int32)
+            for start in range(0, len(stream) - 1, B * T):
+                piece = stream[start : start + B * T + 1]
+                n = len(piece) - 1
+
+                def rows(values, n=n):
+                    out = np.zeros(B * T, values.dtype)
+                    out[:n] = values
+                    return out.reshape(B, T)
+
+                tokens_BT = rows(piece[:-1])
+                segment_ids_BT = positions_BT = None
+                if self.document_masking:
+                    starts_BT = np.zeros((B, T), np.int32)
+                    starts_BT[:, 1:] = tokens_BT[:, :-1] == self.eos
+                    segment_ids_BT = 1 + np.cumsum(starts_BT, axis=1, dtype=np.int32)
+                    index_T = np.arange(T, dtype=np.int32)
+                    positions_BT = index_T - np.maximum.accumulate(index_T * starts_BT, axis=1)
+                yield Batch(
+                    tokens_BT=tokens_BT,
+                    targets_BT=rows(piece[1:]),
+                    segment_ids_BT=segment_ids_BT,
+                    positions_BT=positions_BT,
+                    loss_mask_BT=rows(np.ones(n, np.bool_)),
+                    instance_ids_B=None,
+                )
+
+
+def _score(model: Transformer, batch: Batch) -> jax.Array:
+    """Summed cross-entropy of the counted tokens, in nats."""
+    weights_BT = batch.loss_mask_BT.astype(np.float32)
+    total, _ = loss_function(model, batch, weights_BT, 0.0)
+    return total

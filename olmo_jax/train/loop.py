@@ -1,0 +1,338 @@
+"""The training loop: plan, restore or initialise, step, log, evaluate, save, stop.
+
+The host's part of training. What a step computes is step.py's; what a checkpoint is, checkpoint/'s.
+"""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from olmo_jax.checkpoint import Checkpointer, RunFolder
+from olmo_jax.data import open_dataset
+from olmo_jax.data.dataset import DataSet
+from olmo_jax.data.loader import load_batches
+from olmo_jax.data.tokenizer import open_tokenizer
+from olmo_jax.errors import UserError
+from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
+from olmo_jax.ops.kernels import pick_kernels
+from olmo_jax.parallel.environment import environment
+from olmo_jax.parallel.mesh import build_mesh
+from olmo_jax.parallel.sharding import batch_parts, to_global
+from olmo_jax.train.config import RunConfig
+from olmo_jax.train.evaluate import Evaluator, HeldOut
+from olmo_jax.train.flops import flops_per_token, mfu
+from olmo_jax.train.metrics import MetricsWriter
+from olmo_jax.train.plan import Plan
+from olmo_jax.train.progress import Progress
+from olmo_jax.train.resume import refuse_changes
+from olmo_jax.train.step import Trainer, TrainState
+
+STATUS_DONE, STATUS_PREEMPTED = 0, 75
+
+
+def train(run: RunConfig, gin_text: str, evaluators: Sequence[Evaluator] = ()) -> int:
+    """Trains to the plan's end (status 0) or until SIGTERM (saved, status 75).
+
+    Resumes from the run folder's newest complete checkpoint. gin_text is `run` as gin, kept with
+    the run. Raises UserError for anything that a person can mend, before a device is used where
+    possible.
+    """
+    return _Loop(run, gin_text, evaluators).run_to_end()
+
+
+class _Loop:
+    def __init__(self, run: RunConfig, gin_text: str, evaluators: Sequence[Evaluator]):
+        self.run = run
+        self.folder = RunFolder(run.train.run_dir)
+        self.tokenizer, tokenizer_file = _read_tokenizer(run.train.tokenizer)
+        self.dataset: DataSet = open_dataset(run.data, run.model.vocab_size)
+        self.plan = Plan(run)
+        if run.train.deterministic:  # read when the first device is touched, by the next line
+            os.environ["XLA_FLAGS"] = (
+                os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+            )
+        self.mesh: Mesh = build_mesh(run.mesh)
+        self._check_batches()
+        kernels = pick_kernels(self.mesh.devices.flat[0].platform)
+        self.model: Transformer = abstract_model(run.model, kernels)
+        self.trainer = Trainer(
+            self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size
+        )
+        self.evaluators = [*self._heldout(), *evaluators]
+        self.folder.open_for_writing()
+        files = {"config.gin": gin_text.encode()} | tokenizer_file
+        self.checkpointer = Checkpointer(self.folder.checkpoints, run.checkpoint, files)
+        for name, content in files.items():
+            self.folder.write_bytes(self.folder.path / name, content)
+        self._write_facts()
+        self.stop_signal: int | None = None
+
+    def _check_batches(self) -> None:
+        parts, micro = batch_parts(self.mesh), self.run.train.micro_batch_size
+        for size in self.plan.batch_sizes:
+            if size % parts:
+                raise UserError(
+                    f"Data.batch_size = {size} does not divide over the mesh's {parts} batch parts "
+                    f"(slice x data x fsdp): give a multiple of {parts}, or another mesh"
+                )
+            if micro and (size % micro or micro % parts):
+                raise UserError(
+                    f"Train.micro_batch_size = {micro} must divide Data.batch_size = {size} and be "
+                    f"a multiple of the mesh's {parts} batch parts"
+                )
+
+    def _heldout(self) -> list[Evaluator]:
+        run = self.run
+        if not run.train.heldout:
+            return []
+        return [
+            HeldOut(
+                run.train.heldout,
+                sequence_length=run.data.sequence_length,
+                batch_size=max(1, min(self.plan.batch_sizes)),
+                vocab_size=run.model.vocab_size,
+                eos_token_id=run.data.eos_token_id,
+                document_masking=run.data.document_masking,
+                tokenizer=self.tokenizer,
+                mesh=self.mesh,
+                dtype=run.data.dtype,
+            )
+        ]
+
+    def _write_facts(self) -> None:
+        """The files that explain the run to a reader; whole, and again at every start."""
+        data = {"sources": self.dataset.table(), "fingerprint": self.dataset.fingerprint}
+        data |= {"heldout": [h.table() for h in self.evaluators if isinstance(h, HeldOut)]}
+        for path, content in (
+            (self.folder.config_json, self.run.as_json()),
+            (self.folder.environment_json, environment()),
+            (self.folder.data_json, data),
+        ):
+            self.folder.write_text(path, json.dumps(content, indent=2) + "\n")
+
+    def _restore(self) -> tuple[TrainState, int]:
+        """The state to go on from, and the number of steps it has finished."""
+        latest = self.checkpointer.latest()
+        if latest is None:
+            return self.trainer.init_state(self._initial_params()), 0
+        saved = self.checkpointer.metadata(latest)
+        refuse_changes(self.run.as_json(), self.dataset.fingerprint, saved, self.folder.path)
+        return self.checkpointer.restore(latest, self.trainer.abstract_state), latest
+
+    def _initial_params(self):
+        run = self.run
+        if not run.train.init_from:
+            kernels = self.model.kernels
+            return lambda: parameters(Transformer(run.model, run.train.seed, kernels))
+        from olmo_jax.convert.load import load_parameters
+
+        return load_parameters(run.train.init_from, run.model)
+
+    def run_to_end(self) -> int:
+        plan, train = self.plan, self.run.train
+        end = min(plan.steps, train.stop_at or plan.steps)
+        with ExitStack() as stack:
+            stack.callback(self.checkpointer.close)
+            state, first = self._restore()
+            writer = stack.enter_context(
+                MetricsWriter(self.folder.path, train.tensorboard, train.wandb, first)
+            )
+            stack.enter_context(_on_signals(self._request_stop))
+            progress = stack.enter_context(Progress(end, first))
+            if first:
+                progress.message(f"resuming {self.folder.path} from step {first}")
+            if first >= end:
+                progress.message(f"nothing to do: step {first} is finished, the end is step {end}")
+                return STATUS_DONE
+            return self._steps(state, first, end, writer, progress)
+
+    def _steps(
+        self,
+        state: TrainState,
+        first: int,
+        end: int,
+        writer: MetricsWriter,
+        progress: Progress,
+    ) -> int:
+        """Dispatches each step before it fetches the metrics of the one before."""
+        batches = load_batches(
+            self.dataset, first, end, jax.process_index(), jax.process_count()
+        )
+        if self.checkpointer.should_save(0) and first == 0:
+            self._save(0, state, writer)
+        log = _StepLog(self, writer, progress)
+        saved = first
+        for step in range(first, end):
+            waiting = time.perf_counter()
+            at, batch = next(batches)
+            assert at == step, (at, step)
+            waited = time.perf_counter() - waiting
+            rate, clip = self.plan.learning_rate(step), self.plan.clip_norm(step)
+            state, metrics = self.trainer.step(state, self._device_batch(batch), rate, clip)
+            log.dispatched(step, metrics, batch, rate, waited)
+            done = step + 1
+            evaluate = done == end or done % (self.run.train.heldout_every or end) == 0
+            stopping = self.stop_signal is not None
+            due = done == end or stopping or self.checkpointer.should_save(done)
+            self.checkpointer.check()
+            if not (evaluate or due or log.failing):
+                continue
+            log.fetch()
+            if log.failing >= self.run.train.nonfinite_steps:
+                self._stop_nonfinite(state, log, writer, saved)
+            if evaluate:
+                self._evaluate(state, done, writer, progress)
+            if due and not log.failing:
+                self._save(done, state, writer)
+                saved = done
+            if stopping:
+                self.checkpointer.wait()
+                name = signal.Signals(self.stop_signal or 0).name
+                progress.message(
+                    f"{name}: saved step {saved}, leaving with status {STATUS_PREEMPTED}; the same "
+                    "command goes on from there"
+                )
+                return STATUS_PREEMPTED
+        self.checkpointer.wait()
+        return STATUS_DONE
+
+    def _device_batch(self, batch):
+        """The batch on the devices, without what the model does not need to look at."""
+        needs_segments = self.run.data.document_masking or self.run.data.instances == "packed"
+        if not needs_segments:
+            batch = batch._replace(segment_ids_BT=None, positions_BT=None)
+        return to_global(self.mesh, batch._replace(instance_ids_B=None))
+
+    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter, progress: Progress):
+        model = bind(self.model, state.params)
+        row: dict[str, Any] = {}
+        for evaluator in self.evaluators:
+            found = evaluator(model, step)
+            row |= found.metrics
+            for prompt, text in found.samples:
+                writer.write_sample(step, prompt, text)
+        if row:
+            row = {"step": step, "tokens": self.plan.tokens_after(step), "time": time.time()} | row
+            writer.write(row)
+            progress.update(step, row)
+
+    def _save(self, step: int, state: TrainState, writer: MetricsWriter) -> None:
+        writer.flush()  # the rows up to here are on disk before the checkpoint counts
+        metadata = {
+            "n": self.dataset.first_n(step),
+            "tokens": self.plan.tokens_after(step),
+            "fingerprint": self.dataset.fingerprint,
+            "config": self.run.as_json(),
+        }
+        end = step == self.plan.steps or step == self.run.train.stop_at
+        self.checkpointer.save(step, state, metadata, permanent=end or None)
+
+    def _stop_nonfinite(self, state, log: "_StepLog", writer: MetricsWriter, saved: int) -> None:
+        """Saves the last good state under its own step, and raises."""
+        good = log.last_finite
+        if good is not None and good > saved:
+            step = jax.device_put(np.int32(good), self.trainer.shardings.step)
+            self._save(good, state._replace(step=step), writer)
+            self.checkpointer.wait()
+        bad = log.failing_ids
+        raise UserError(
+            f"loss or gradient was not finite in {log.failing} steps in a row, the first is step "
+            f"{(good or 0) + 1} with instances {bad}; the state before it is kept as step "
+            f"{good or saved}. Look at them with `olmo-jax data inspect {self.folder.path} "
+            f"--instance={bad[0]}`, then lower Optimizer.learning_rate or mend the data and fork"
+        )
+
+    def _request_stop(self, number: int) -> None:
+        self.stop_signal = number
+
+
+class _StepLog:
+    """Fetches each step's metrics one step late, and turns them into rows."""
+
+    def __init__(self, loop: _Loop, writer: MetricsWriter, progress: Progress):
+        self.plan, self.writer, self.progress = loop.plan, writer, progress
+        T = loop.run.data.sequence_length
+        self.flops = flops_per_token(loop.run.model, T)
+        self.devices = loop.mesh.devices
+        self.pending: tuple | None = None
+        self.before = time.perf_counter()
+        self.failing = 0
+        self.failing_ids: list[int] = []
+        self.last_finite: int | None = None
+
+    def dispatched(self, step: int, metrics, batch, rate: float, waited: float) -> None:
+        self.fetch()
+        self.pending = (step, metrics, batch.instance_ids_B, rate, waited)
+
+    def fetch(self) -> None:
+        if self.pending is None:
+            return
+        (step, device_metrics, ids, rate, waited), self.pending = self.pending, None
+        metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+        now = time.perf_counter()
+        seconds, self.before = now - self.before, now
+        done = step + 1
+        tokens = self.plan.tokens_after(done) - self.plan.tokens_after(step)
+        row = {
+            "step": done,
+            "tokens": self.plan.tokens_after(done),
+            "time": time.time(),
+            **metrics,
+            "perplexity": math.exp(min(metrics["loss"], 700.0)),
+            "learning_rate": rate,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_wait_share": min(1.0, waited / seconds),
+        }
+        share = mfu(
+            tokens / seconds, self.flops, self.devices.flat[0].device_kind, self.devices.size
+        )
+        if share is not None:
+            row["mfu"] = share
+        self.writer.write(row)
+        self.writer.write_instances(done, ids)
+        self.progress.update(done, row)
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self.failing, self.failing_ids, self.last_finite = 0, [], done
+        else:
+            self.failing += 1
+            self.failing_ids += [int(i) for i in ids if len(self.failing_ids) < 8]
+
+
+def _read_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes]]:
+    """The run's tokenizer, and its file to be kept with each checkpoint."""
+    if path is None:
+        return None, {}
+    return open_tokenizer(path), {"tokenizer.json": Path(path).read_bytes()}
+
+
+@contextmanager
+def _on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Calls `handle` on SIGTERM and on the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle(number)
+
+    old = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

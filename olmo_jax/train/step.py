@@ -1,0 +1,179 @@
+"""The training step: a pure function of (state, batch, learning rate), jitted once a batch shape.
+
+It knows nothing of files, clocks or the loop around it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from olmo_jax.data.batch import Batch
+from olmo_jax.model.transformer import Transformer, bind, parameter_axes, parameters
+from olmo_jax.ops.cross_entropy import cross_entropy
+from olmo_jax.parallel.sharding import batch_sharding, replicated, weight_sharding
+from olmo_jax.train.optimizer import (
+    OptimizerConfig,
+    SkipState,
+    build_optimizer,
+    clip_scale,
+    init_skip_state,
+    skip_step,
+)
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: jax.Array
+    """int32, steps finished."""
+    params: dict
+    """float32 weights, as `model.transformer.parameters`."""
+    opt_state: Any
+    """optax's."""
+    skip: SkipState
+    """The window of losses and gradient norms that SkipStep looks at."""
+
+
+def loss_function(
+    model: Transformer, batch: Batch, weights_BT: jax.Array, z_loss: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(total, (cross_entropy, z_loss)), each a weighted sum over tokens."""
+    x_BTD = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
+    return cross_entropy(
+        x_BTD,
+        model.head_DV(),
+        batch.targets_BT,
+        weights_BT,
+        z_loss,
+        model.kernels.cross_entropy_tokens,
+    )
+
+
+class Trainer:
+    """The step and the states that it takes, for one model, optimizer and mesh.
+
+    `model` is abstract (shapes only); nothing is allocated until `init_state`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: OptimizerConfig,
+        mesh: Mesh,
+        z_loss: float = 0.0,
+        micro_batch_size: int | None = None,
+    ):
+        self.model, self.mesh = model, mesh
+        self.optimizer, self.z_loss, self.micro_batch_size = optimizer, z_loss, micro_batch_size
+        self.transform = build_optimizer(optimizer, parameters(model))
+        shapes = jax.eval_shape(self._state, parameters(model))
+        self.shardings = self._shardings(shapes)
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, self.shardings
+        )
+        scalar = replicated(mesh)
+        self.step: Callable[..., tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, batch_sharding(mesh), scalar, scalar),
+            out_shardings=(self.shardings, scalar),
+        )
+
+    def init_state(self, make_params: Callable[[], dict] | dict) -> TrainState:
+        """The state before the first step, each device making its own part.
+
+        Takes a pure function that makes the weights, or the weights themselves.
+        """
+        if callable(make_params):
+            make = make_params
+            return jax.jit(lambda: self._state(make()), out_shardings=self.shardings)()
+        params = jax.device_put(make_params, self.shardings.params)
+        return jax.jit(self._state, out_shardings=self.shardings)(params)
+
+    def _state(self, params: dict) -> TrainState:
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.transform.init(params),
+            skip=init_skip_state(self.optimizer),
+        )
+
+    def _shardings(self, shapes: TrainState) -> TrainState:
+        """Weights by their logical axes; each of the optimizer's arrays as the weight it is for."""
+        axes = parameter_axes(self.model)
+        params = jax.tree.map(
+            lambda p, a: weight_sharding(self.mesh, a, p.shape),
+            shapes.params,
+            axes,
+            is_leaf=lambda a: isinstance(a, tuple),
+        )
+        whole = replicated(self.mesh)
+        opt_state = optax.tree_map_params(
+            self.transform,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            params,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(
+            step=whole,
+            params=params,
+            opt_state=opt_state,
+            skip=jax.tree.map(lambda _: whole, shapes.skip),
+        )
+
+    def _step(
+        self, state: TrainState, batch: Batch, learning_rate: jax.Array, clip_norm: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step.
+
+        learning_rate and clip_norm (inf: no clipping) are float32 scalars that the host computed in
+        float64. Metrics: loss (cross-entropy alone), z_loss, grad_norm (before clipping), skipped.
+        A step that is skipped, or whose loss or gradient norm is not finite, leaves parameters and
+        optimizer state as they were.
+        """
+        loss, z_loss, grads = self._gradients(state.params, batch)
+        grad_norm = optax.global_norm(grads)
+        skip, skip_state = skip_step(self.optimizer, state.skip, loss, grad_norm)
+        scale = clip_scale(grad_norm, clip_norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = self.transform.update(grads, state.opt_state, state.params, skip=skip)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        new_state = TrainState(state.step + 1, params, opt_state, skip_state)
+        metrics = {"loss": loss, "z_loss": z_loss, "grad_norm": grad_norm, "skipped": skip}
+        return new_state, metrics
+
+    def _gradients(self, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array, dict]:
+        """Loss, z-loss and gradients of the global mean, micro-batch by micro-batch."""
+        denominator = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.float32), 1.0)
+
+        def micro(batch: Batch):
+            def total(params):
+                weights_BT = batch.loss_mask_BT.astype(jnp.float32) / denominator
+                return loss_function(bind(self.model, params), batch, weights_BT, self.z_loss)
+
+            (_, parts), grads = jax.value_and_grad(total, has_aux=True)(params)
+            return parts, grads
+
+        rows = batch.tokens_BT.shape[0]
+        n_micro = rows // (self.micro_batch_size or rows)
+        if n_micro <= 1:
+            (loss, z_loss), grads = micro(batch)
+            return loss, z_loss, grads
+        # Micro-batch i takes rows i, i + n, …: every device has its share of each.
+        split = jax.tree.map(
+            lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1),
+            batch,
+        )
+
+        def add(sums, batch):
+            return jax.tree.map(jnp.add, sums, micro(batch)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        ((loss, z_loss), grads), _ = jax.lax.scan(add, ((zero, zero), zeros), split)
+        return loss, z_loss, grads
