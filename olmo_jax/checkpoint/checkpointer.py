@@ -8,11 +8,13 @@ removal cannot leave a complete-looking half. Reading is `CheckpointReader`'s.
 """
 
 import asyncio
+import errno
 import itertools
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
@@ -43,8 +45,8 @@ _CHUNK_BYTES = 64 * 2**20
 _BARRIER_MS = 20 * 60 * 1000
 _barrier_number = itertools.count()
 
-# Orbax logs a traceback from each of its threads in which a write failed; the failure itself reaches
-# us, and the person, as one line.
+# Orbax logs a traceback from each of its threads in which a write failed; the failure itself
+# reaches us, and the person, as one line.
 logging.getLogger("absl").addFilter(
     lambda record: not record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
 )
@@ -141,6 +143,8 @@ class Checkpointer(CheckpointReader):
         if (self.path(step) / MANIFEST).is_file():
             return
         leaves = [(name, _detached(leaf)) for name, leaf in named_leaves(state)]
+        # Otherwise the writes, once begun, take the cores from the copies: 2.8 s against 0.9.
+        jax.block_until_ready(leaves)
         needed = sum(leaf.nbytes for _, leaf in leaves)
         content = {
             **metadata,
@@ -154,7 +158,7 @@ class Checkpointer(CheckpointReader):
         content_json = json.dumps(content, indent=1).encode()
         # In the writer's thread, so that a caller with an event loop of its own (a notebook) can
         # save too. Its failure comes out of _finish, which no process may miss.
-        started = self._writer.submit(asyncio.run, _start(self._temporary(step), leaves))
+        started = self._writer.submit(asyncio.run, _start(self._temporary(step), leaves, needed))
         self._pending = self._writer.submit(self._finish, step, started, content_json, needed)
         wait_for_futures([started])
 
@@ -251,7 +255,7 @@ class Checkpointer(CheckpointReader):
         What is neither the disk's fault nor the system's is a bug, and stays as it is.
         """
         if jax.process_index() == 0:
-            shutil.rmtree(self._temporary(step), ignore_errors=True)
+            _remove_for_good(self._temporary(step))
         if not is_disk_full(error) and not isinstance(error, OSError):
             return error
         safe = self.steps()
@@ -276,14 +280,20 @@ def _detached(leaf: Any) -> jax.Array:
     return jnp.copy(array) if next(iter(array.devices())).platform == "cpu" else array
 
 
-async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]]) -> list[Any]:
-    """Copies the arrays off their devices and starts writing them; gives the writes' futures."""
+async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]], needed: int) -> list[Any]:
+    """Copies the arrays off their devices and starts writing them; gives the writes' futures.
+
+    Raises OSError when the disk has less than `needed` bytes free.
+    """
     trees = item_trees(leaves)
     try:
         if jax.process_index() == 0:
             shutil.rmtree(writing, ignore_errors=True)
             for item in trees:
                 (writing / item).mkdir(parents=True)
+            # Nothing is compressed, so the size is known; better than to find out half-way.
+            if shutil.disk_usage(writing).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         _barrier()
     writes: list[Any] = []
@@ -292,6 +302,15 @@ async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]]) -> list[An
         arguments = ocp.args.PyTreeSave(tree, save_args)
         writes += await _orbax().async_save(epath.Path(writing / item), args=arguments) or []
     return writes
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Removes a folder into which tensorstore may still be writing, which makes it anew."""
+    for _ in range(20):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _finish_all(writes: list[Any]) -> None:

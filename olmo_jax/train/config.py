@@ -1,13 +1,16 @@
 """What a training run is: `TrainConfig`, and `RunConfig`, the bundle of every room's configuration."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from olmo_jax.checkpoint.checkpointer import CheckpointConfig
 from olmo_jax.data.config import DataConfig
+from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.parallel.mesh import MeshConfig
 from olmo_jax.train.optimizer import OptimizerConfig
@@ -94,3 +97,36 @@ class RunConfig:
     def as_json(self) -> dict:
         """{"Model": {field: value}, …}, every value, ready for json."""
         return {name.capitalize(): fields for name, fields in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> "RunConfig":
+        """The inverse of as_json. UserError, one line, when another version wrote other fields."""
+        parts, faults = {}, []
+        for part, config_class in get_type_hints(cls).items():
+            name = part.capitalize()
+            try:
+                parts[part] = config_class(**values.get(name, {}))
+            except ValidationError as error:
+                faults += [f"{name}: {fault}" for fault in validation_faults(error)]
+        known = {part.capitalize() for part in get_type_hints(cls)}
+        faults += [f"{name}: unknown" for name in sorted(set(values) - known)]
+        if faults:
+            raise UserError(f"not a configuration of this version: {'; '.join(faults)}")
+        return cls(**parts)
+
+
+def validation_faults(error: ValidationError) -> list[str]:
+    """Pydantic's faults in plain words, one line each, without its jargon and addresses."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        field = ".".join(str(key) for key in fault["loc"][:1])
+        message = fault["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+        if fault["type"] == "missing":
+            lines.append(f"{field} is not given")
+        elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            lines.append(f"{field} is no field")
+        elif field:
+            lines.append(f"{field} = {fault['input']!r}: {message}")
+        else:
+            lines.append(message)
+    return lines

@@ -5,7 +5,8 @@ Tasks (questions with answers) are `eval/`'s; it hands its own evaluators to the
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -76,13 +77,27 @@ class HeldOut:
             nats += float(self._score(model, to_global(self.mesh, batch)))
             tokens += counted.sum()
             if self.bytes_V is not None:
-                n_bytes += self.bytes_V[batch.targets_BT[counted]].sum()
+                n_bytes += self._bytes_of(batch.targets_BT[counted]) or 0
         loss = nats / tokens
         metrics = {"heldout/loss": loss, "heldout/perplexity": math.exp(min(loss, 700.0))}
         if n_bytes:
             metrics["heldout/bits_per_byte"] = nats / math.log(2) / float(n_bytes)
             metrics["heldout/bytes"] = int(n_bytes)
         return Evaluation(metrics)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each file: its name, tokens, and the bytes of text that they stand for."""
+        return [
+            {
+                "name": Path(file.path).name,
+                "tokens": file.size,
+                "bytes": self._bytes_of(file.tokens),
+            }
+            for file in self.files
+        ]
+
+    def _bytes_of(self, tokens: np.ndarray) -> int | None:
+        return None if self.bytes_V is None else int(self.bytes_V[tokens].sum())
 
     def _batches(self) -> Iterator[Batch]:
         B, T = self.shape

@@ -23,7 +23,7 @@ from olmo_jax.checkpoint import Checkpointer, RunFolder
 from olmo_jax.data import open_dataset
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
-from olmo_jax.data.tokenizer import open_tokenizer
+from olmo_jax.data.tokenizer import load_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
 from olmo_jax.ops.kernels import pick_kernels
@@ -167,9 +167,7 @@ class _Loop:
         progress: Progress,
     ) -> int:
         """Dispatches each step before it fetches the metrics of the one before."""
-        batches = load_batches(
-            self.dataset, first, end, jax.process_index(), jax.process_count()
-        )
+        batches = load_batches(self.dataset, first, end, jax.process_index(), jax.process_count())
         if self.checkpointer.should_save(0) and first == 0:
             self._save(0, state, writer)
         log = _StepLog(self, writer, progress)
@@ -315,7 +313,7 @@ def _read_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes
     """The run's tokenizer, and its file to be kept with each checkpoint."""
     if path is None:
         return None, {}
-    return open_tokenizer(path), {"tokenizer.json": Path(path).read_bytes()}
+    return load_tokenizer(path), {"tokenizer.json": Path(path).read_bytes()}
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from olmo_jax.train.optimizer import (
     SkipState,
     build_optimizer,
     clip_scale,
-    init_skip_state,
     skip_step,
 )
 
@@ -99,7 +98,7 @@ class Trainer:
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.transform.init(params),
-            skip=init_skip_state(self.optimizer),
+            skip=SkipState.empty(self.optimizer),
         )
 
     def _shardings(self, shapes: TrainState) -> TrainState:
@@ -112,13 +111,14 @@ class Trainer:
             is_leaf=lambda a: isinstance(a, tuple),
         )
         whole = replicated(self.mesh)
-        opt_state = optax.tree_map_params(
-            self.transform,
-            lambda _, sharding: sharding,
-            shapes.opt_state,
-            params,
-            transform_non_params=lambda _: whole,
-        )
+        by_path = {_keys(path): s for path, s in jax.tree.leaves_with_path(params)}
+
+        def for_optimizer(path, _):
+            keys = _keys(path)  # the path of a moment ends with that of its weight
+            tails = (keys[i:] for i in range(len(keys)))
+            return next((by_path[tail] for tail in tails if tail in by_path), whole)
+
+        opt_state = jax.tree.map_with_path(for_optimizer, shapes.opt_state)
         return TrainState(
             step=whole,
             params=params,
@@ -177,3 +177,7 @@ class Trainer:
         zeros = jax.tree.map(jnp.zeros_like, params)
         ((loss, z_loss), grads), _ = jax.lax.scan(add, ((zero, zero), zeros), split)
         return loss, z_loss, grads
+
+
+def _keys(path) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from olmo_jax.checkpoint import CheckpointConfig, Checkpointer, RunFolder
+from olmo_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointReader, RunFolder
 from olmo_jax.errors import UserError
 
 CONFIG = CheckpointConfig(every=20, ephemeral_every=5, keep_ephemeral=2, fixed_steps=(3,))
@@ -117,8 +117,24 @@ def resume(folder: str) -> None:
     say(step=step, identical=same, steps=checkpointer.steps())
 
 
-def fill_disk(folder: str) -> None:
-    """On a 4 MB disk: one checkpoint that fits, one that does not, one that fits again."""
+def on_mesh(folder: str, step: str) -> None:
+    """Restores onto all of this process's devices, split along the second axis."""
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
+    state = make_state(int(step))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    got = CheckpointReader(folder).restore(int(step), abstract(state, sharding))
+    devices = len(got.params["embed"]["weight"].sharding.device_set)
+    say(devices=devices, identical=identical(got, state))
+
+
+def fill_disk(folder: str, when: str) -> None:
+    """On a 4 MB disk: one checkpoint that fits, one that does not, one that fits again.
+
+    The lack of space is there at the start, or comes (as when others write too) in the middle.
+    """
+    if when == "middle":
+        free = shutil.disk_usage(".")._replace(free=2**40)
+        shutil.disk_usage = lambda _: free  # type: ignore[assignment]
     run = RunFolder(folder)
     run.open_for_writing()
     config = CheckpointConfig(every=1)
@@ -151,12 +167,17 @@ def open_refused(folder: str) -> None:
                 pass
     except OSError:
         pass
-    for path in (folder, folder + "-new"):
-        try:
-            RunFolder(path).open_for_writing()
-            say(error=None)
-        except UserError as error:
-            say(error=str(error))
+    claim(folder)
+    claim(folder + "-new")
+
+
+def claim(folder: str) -> None:
+    """Opens a run folder for writing and says why it cannot."""
+    try:
+        RunFolder(folder).open_for_writing()
+        say(error=None)
+    except UserError as error:
+        say(error=str(error))
 
 
 def many(folder: str, rank: str, port: str) -> None:
@@ -208,15 +229,15 @@ def many(folder: str, rank: str, port: str) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     _, command, *arguments = sys.argv
-    {
-        f.__name__: f
-        for f in (
-            save_steps,
-            die_before_commit,
-            die_in_retention,
-            resume,
-            fill_disk,
-            open_refused,
-            many,
-        )
-    }[command](*arguments)
+    commands = [
+        save_steps,
+        die_before_commit,
+        die_in_retention,
+        resume,
+        on_mesh,
+        fill_disk,
+        open_refused,
+        claim,
+        many,
+    ]
+    {function.__name__: function for function in commands}[command](*arguments)

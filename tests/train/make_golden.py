@@ -50,7 +50,12 @@ def commit(git):
 olmo_git, core_git = sys.argv[1:]
 for name in ["olmo", "olmo.config", "olmo.torch_util", "olmo_core", "olmo_core.config"]:
     sys.modules[name] = Stub(name)
-for name in ["olmo_core.exceptions", "olmo_core.utils", "olmo_core.optim", "olmo_core.optim.config"]:
+for name in [
+    "olmo_core.exceptions",
+    "olmo_core.utils",
+    "olmo_core.optim",
+    "olmo_core.optim.config",
+]:
     sys.modules[name] = Stub(name)
 for name in ["olmo_core.distributed", "olmo_core.distributed.utils"]:
     sys.modules[name] = Stub(name)
@@ -66,7 +71,28 @@ load(core_git, "src/olmo_core/optim/skip_step_optimizer.py", "olmo_core.optim.sk
 adamw = load(core_git, "src/olmo_core/optim/adamw.py", "olmo_core.optim.adamw")
 
 PEAK, TOTAL = 3e-4, 1000
-POINTS = [1, 2, 7, 50, 99, 100, 101, 250, 333, 500, 501, 600, 749, 750, 751, 899, 900, 901, 999, 1000]
+POINTS = [
+    1,
+    2,
+    7,
+    50,
+    99,
+    100,
+    101,
+    250,
+    333,
+    500,
+    501,
+    600,
+    749,
+    750,
+    751,
+    899,
+    900,
+    901,
+    999,
+    1000,
+]
 BEYOND = [1001, 1500]
 
 
@@ -105,8 +131,12 @@ def schedule_cases():
             {"kind": kind, **w, "final_fraction": 0.0, "length": 750},
         )
         yield schedule_case(old(old_class, warmup_steps=0), {"kind": kind})
-        yield schedule_case(new_class(warmup=100, alpha_f=0.3), {"kind": kind, **w, "final_fraction": 0.3})
-        yield schedule_case(new_class(warmup_fraction=0.05), {"kind": kind, "warmup_fraction": 0.05})
+        yield schedule_case(
+            new_class(warmup=100, alpha_f=0.3), {"kind": kind, **w, "final_fraction": 0.3}
+        )
+        yield schedule_case(
+            new_class(warmup_fraction=0.05), {"kind": kind, "warmup_fraction": 0.05}
+        )
     yield schedule_case(
         old(olmo.InvSqrtWithWarmup, warmup_steps=100),
         {"kind": "inverse_sqrt", **w, **ten, "final_fraction": 0.0},
@@ -188,12 +218,15 @@ def skip_case():
     losses = 2.5 + 0.05 * rng.standard_normal(steps) + np.linspace(1, 0, steps)
     grad_norms = 0.4 + 0.02 * rng.standard_normal(steps)
     losses[20] = 30.0  # too early to be left out: fewer than 64 values
-    grad_norms[62] = 9.0  # the 63rd: the last that is too early
-    losses[150] = 6.0  # inside 6 sigma, while the outlier of step 20 is among the last 128
+    grad_norms[62] = 0.8  # the 63rd: the last that is too early
+    grad_norms[63] = 3.0  # the first that is left out
+    losses[140] = 6.0  # inside 6 sigma, while the outlier of step 20 is among the last 128
     losses[170] = 6.0  # out
     losses[171] = 6.0
     losses[175] = 0.1  # far below the mean is no outlier
     grad_norms[195] = 0.8
+    # Just inside 6 sigma, and outside where the deviation divides by n instead of n - 1.
+    losses[199] = losses[71:199].mean() + 6 * 0.998 * losses[71:199].std(ddof=1)
     gradients = rng.standard_normal((steps, 3))
     losses, grad_norms, gradients = (np.float32(x) for x in (losses, grad_norms, gradients))
 

@@ -1,0 +1,392 @@
+"""gin at the door: gin files and bindings to a `RunConfig`, and back. Nothing imports this but cli.
+
+The rest of the program has never heard of gin. gin parses and resolves macros and references; what
+it gets wrong for frozen dataclasses (names, types, include paths, messages) is done here.
+"""
+
+import difflib
+import importlib
+import io
+import re
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from pprint import pformat
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import gin
+from gin.config_parser import (
+    BindingStatement,
+    BlockDeclaration,
+    ConfigParser,
+    ImportStatement,
+    IncludeStatement,
+)
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from olmo_jax.errors import UserError
+from olmo_jax.model.presets import PRESETS, preset
+from olmo_jax.train.config import RunConfig, validation_faults
+
+# gin name -> dataclass, in the order of the written configuration.
+COMPONENTS: dict[str, Any] = {
+    part.capitalize(): cls for part, cls in get_type_hints(RunConfig).items()
+}
+# gin name -> field -> type; `Model.preset` is a field of the door only.
+_TYPES: dict[str, dict[str, Any]] = {name: get_type_hints(cls) for name, cls in COMPONENTS.items()}
+_TYPES["Model"] = {"preset": str | None} | _TYPES["Model"]
+
+# What gin hands out for a component: the bound values, with macros and references resolved. The
+# dataclass itself is made outside gin, which would turn a ValidationError into a TypeError.
+_VALUES = {
+    name: gin.external_configurable(lambda **values: values, name=name, module="olmo_jax")
+    for name in COMPONENTS
+}
+
+
+def load_config(
+    gin_files: Sequence[str], bindings: Sequence[str] = (), allow_imports: bool = False
+) -> RunConfig:
+    """The run that gin files describe, each after the one before, and bindings after all of them.
+
+    A binding is `Name.field=value` in gin's syntax; a value that gin cannot parse is text where the
+    field takes text, so that a shell needs no double quotes. Raises UserError, one line a fault.
+    """
+    gin.clear_config()
+    try:
+        reader = _Reader(allow_imports)
+        for path in gin_files:
+            reader.read_file(_existing(path, [Path.cwd()], "--gin_file"))
+        for binding in bindings:
+            reader.read_binding(binding)
+        reader.check_macros()
+        try:
+            values = {name: collect() for name, collect in _VALUES.items()}
+        except RecursionError:
+            raise UserError("macros refer to one another in a circle") from None
+        return _build(values, reader.where)
+    finally:
+        gin.clear_config()
+
+
+def to_gin(run: RunConfig) -> str:
+    """Every value of a run, defaults included, as gin; load_config gives an equal run from it."""
+    lines = ["# The complete configuration of a run, defaults included.\n"]
+    for part, name in zip(fields(RunConfig), COMPONENTS, strict=True):
+        lines.append("")
+        config = getattr(run, part.name)
+        for field in fields(config):
+            value = pformat(getattr(config, field.name), width=88, sort_dicts=False)
+            lines.append(f"{name}.{field.name} = {value}".replace("\n", "\n    "))
+    return "\n".join(lines) + "\n"
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class _Unknown(NamedTuple):
+    """A reference that gin does not know; refused where its binding's place is known."""
+
+    name: str
+
+
+class _Delegate(gin.config.ParserDelegate):
+    def configurable_reference(self, scoped_selector, evaluate):
+        try:
+            return super().configurable_reference(scoped_selector, evaluate)
+        except ValueError:
+            return _Unknown(scoped_selector)
+
+
+class _Reader:
+    """Walks statements in order, refuses what is wrong, and binds the rest in gin."""
+
+    def __init__(self, allow_imports: bool):
+        self.allow_imports = allow_imports
+        self.where: dict[tuple[str, str], str] = {}  # (component, field) -> where it was last bound
+        self.open_files: list[Path] = []
+        self.macros: dict[str, str] = {}  # name -> where it was given
+        self.uses: dict[str, str] = {}  # macro name -> where it is used
+
+    def read_file(self, path: Path) -> None:
+        if path in self.open_files:
+            raise UserError(f"{path}: includes itself, by way of {self.open_files[-1]}")
+        self.open_files.append(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as a gin file ({error})") from None
+        for statement in _statements(text, str(path)):
+            where = f"{path}:{statement.location.line_num}"
+            if isinstance(statement, IncludeStatement):
+                folders = [path.parent, Path.cwd()]
+                self.read_file(_existing(statement.filename, folders, where))
+            elif isinstance(statement, ImportStatement):
+                self._import(statement, where)
+            elif isinstance(statement, BindingStatement):
+                self._bind(statement, where)
+        self.open_files.pop()
+
+    def read_binding(self, binding: str) -> None:
+        name, equals, text = (part.strip() for part in binding.partition("="))
+        where = f"--gin.{name}"
+        if not equals or not re.fullmatch(r"[\w./]+", name):
+            raise UserError(
+                f"--gin.{binding}: give --gin.Name.field=value, for instance "
+                "--gin.Optimizer.learning_rate=3e-4"
+            )
+        component, _, field = name.rpartition(".")
+        try:
+            statements = list(_statements(f"{name} = {text}", where))
+        except UserError:
+            if not _takes_text(_TYPES.get(component, {}).get(field)):
+                raise
+            statements = list(_statements(f"{name} = {text!r}", where))
+        if len(statements) != 1 or not isinstance(statements[0], BindingStatement):
+            raise UserError(f"--gin.{binding}: give one binding, --gin.Name.field=value")
+        self._bind(statements[0], where)
+        if not field and name not in self.uses:
+            raise UserError(
+                f"{where}={text}: no gin file uses a macro %{name}{_near(name, self.uses)}; a "
+                "binding is --gin.Name.field=value"
+            )
+
+    def _bind(self, statement: BindingStatement, where: str) -> None:
+        scope, component, field = statement.scope, statement.selector, statement.arg_name
+        self._check_references(statement, where)
+        if not field:  # NAME = value, for %NAME
+            name = f"{scope}/{component}" if scope else component
+            self.macros[name] = where
+            gin.bind_parameter((name, "gin.macro", "value"), statement.value)
+            return
+        key = f"{component}.{field}"
+        if component in COMPONENTS:
+            if scope:
+                raise UserError(
+                    f"{scope}/{key} ({where}): scopes have no meaning here; write {key}"
+                )
+            self._check_field(component, field, where)
+            self.where[component, field] = where
+            gin.bind_parameter(("", f"olmo_jax.{component}", field), statement.value)
+            return
+        try:  # an imported module may have configurables of its own
+            assert self.allow_imports
+            gin.bind_parameter((scope, component, field), statement.value)
+        except (AssertionError, ValueError):
+            raise UserError(
+                f"{key} ({where}): unknown component {component}{_near(component, COMPONENTS)}; "
+                f"allowed are {', '.join(COMPONENTS)}"
+            ) from None
+
+    def _check_field(self, component: str, field: str, where: str) -> None:
+        if field in _TYPES[component]:
+            return
+        near = _near(field, _TYPES[component], f"{component}.")
+        if not near:  # the right field at the wrong component
+            others = [f"{name}.{field}" for name, types in _TYPES.items() if field in types]
+            near = f", did you mean {others[0]}?" if others else ""
+        allowed = "" if near else f"; allowed are {', '.join(_TYPES[component])}"
+        raise UserError(
+            f"{component}.{field} ({where}): {component} has no field {field}{near}{allowed}"
+        )
+
+    def _check_references(self, statement: BindingStatement, where: str) -> None:
+        for value in _leaves(statement.value):
+            if not isinstance(value, (_Unknown, gin.config.ConfigurableReference)):
+                continue
+            if str(value).startswith("%"):
+                self.uses.setdefault(str(value)[1:], where)
+            elif isinstance(value, _Unknown) or value.selector in COMPONENTS:
+                name = value.name if isinstance(value, _Unknown) else value.scoped_selector
+                raise UserError(
+                    f"{_key(statement)} = @{name} ({where}): nothing is known by that reference; "
+                    "give a value, or a macro (%NAME)"
+                )
+
+    def check_macros(self) -> None:
+        for name, where in self.uses.items():
+            if name not in self.macros and not name.startswith("gin."):
+                raise UserError(
+                    f"%{name} ({where}): no such macro{_near(name, self.macros)}; give "
+                    f"it a value with a line {name} = …"
+                )
+
+    def _import(self, statement: ImportStatement, where: str) -> None:
+        if not self.allow_imports:
+            raise UserError(
+                f"{statement.format()} ({where}): imports are refused, a configuration file is not "
+                "code; give --allow_gin_imports if you trust every file"
+            )
+        try:
+            importlib.import_module(statement.module)
+        except ImportError as error:
+            raise UserError(f"{statement.format()} ({where}): {error}") from None
+
+
+def _statements(text: str, name: str) -> Iterator[Any]:
+    """gin's statements; a syntax error becomes one line that names the place and the remedy."""
+    source = io.StringIO(text)
+    source.name = name  # type: ignore[attr-defined]
+    try:
+        parser = ConfigParser(source, _Delegate())
+        for statement in parser:
+            if not isinstance(statement, BlockDeclaration):
+                yield statement
+    except SyntaxError as error:
+        lines = text.splitlines()
+        number = min(error.lineno or 1, len(lines))
+        line = lines[number - 1] if lines else ""
+        where = name if name.startswith("--gin.") else f"{name}:{number}"
+        raise UserError(f"{where}: {_syntax_hint(line, str(error.msg))}") from None
+    except tokenize.TokenError as error:
+        raise UserError(f"{name}: it ends within a bracket or a text ({error.args[0]})") from None
+
+
+def _syntax_hint(line: str, message: str) -> str:
+    """What is wrong with a line that gin cannot parse, and what to write instead."""
+    key, equals, value = (part.strip() for part in line.partition("="))
+    bare = value.partition("#")[0].strip()
+    if value.lower() in ("true", "false", "none", "null"):
+        word = "None" if value.lower() == "null" else value.capitalize()
+        return f"{key} = {value}: write {word}"
+    if equals and bare and not re.search(r"[\"'()\[\]{}]", bare):
+        return f'{key} = {bare}: text needs quotes, write {key} = "{bare}"'
+    return f"not gin syntax, {message.splitlines()[0]}: {line.strip()}"
+
+
+def _existing(name: str, folders: Iterable[Path], where: str) -> Path:
+    """The file `name` in the first of the folders that has it."""
+    places = list(dict.fromkeys(folder / Path(name).expanduser() for folder in folders))
+    for place in places:
+        if place.is_file():
+            return place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+    siblings = [str(p) for place in places for p in place.parent.glob("*.gin")]
+    near = difflib.get_close_matches(str(places[0]), siblings, n=1)
+    hint = f", did you mean {Path(near[0]).name}?" if near else ""
+    looked = " or ".join(str(place.parent) for place in places)
+    raise UserError(f"{where}: no gin file {name} in {looked}{hint}")
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def _build(values: dict[str, dict[str, Any]], where: dict[tuple[str, str], str]) -> RunConfig:
+    """Validated dataclasses; every fault of every component is one line of the UserError."""
+    faults: list[str] = []
+    parts = {}
+    for name, cls in COMPONENTS.items():
+        given = {}
+        for field, value in values[name].items():
+            try:
+                given[field] = _checked(value, _TYPES[name][field])
+            except ValidationError as error:
+                hint = _TYPES[name][field]
+                problem = error.errors(include_url=False)[0]["msg"]
+                near = _near(value, get_args(hint)) if isinstance(value, str) else ""
+                why = f" ({problem})" if "finite" in problem else ""
+                faults.append(
+                    f"{name}.{field} = {value!r} ({where[name, field]}): allowed is "
+                    f"{_allowed(hint)}{why}{near}"
+                )
+        if len(given) < len(values[name]):
+            continue
+        try:
+            if (chosen := given.pop("preset", None)) is not None:
+                given = asdict(preset(chosen)) | given
+            parts[name.lower()] = cls(**given)
+        except UserError as error:
+            faults.append(f"{name}.preset ({where[name, 'preset']}): {error}")
+        except ValidationError as error:
+            faults += [_placed(name, fault, where) for fault in validation_faults(error)]
+    if faults:
+        raise UserError("\n".join(faults))
+    return RunConfig(**parts)
+
+
+def _checked(value: Any, hint: Any) -> Any:
+    """The value as the field's type, strictly: no text for a number, no number for a bool.
+
+    gin's lists become tuples, and 5e12, which is a float, an int where one is asked for.
+    """
+    adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+    value = _tuples(value)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        try:
+            return adapter.validate_python(_tuples(value, whole=True))
+        except ValidationError:
+            raise error from None
+
+
+def _tuples(value: Any, whole: bool = False) -> Any:
+    """Lists as tuples, all the way down; with `whole`, floats without a fraction as ints."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(v, whole) for v in value)
+    if isinstance(value, dict):
+        return {k: _tuples(v, whole) for k, v in value.items()}
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
+
+
+def _placed(name: str, fault: str, where: dict[tuple[str, str], str]) -> str:
+    """A fault with its component, and where gin gives the fields that it speaks of."""
+    if fault == "vocab_size is not given":
+        return f"Model: vocab_size is not given; give it, or Model.preset, one of {list(PRESETS)}"
+    places = dict.fromkeys(
+        place
+        for (component, field), place in where.items()
+        if component == name and re.search(rf"\b{field}\b", fault)
+    )
+    return f"{name}: {fault}" + (f" ({', '.join(places)})" if places else "")
+
+
+def _allowed(hint: Any) -> str:
+    """A type in words."""
+    words = {int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"}
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in words:
+        return words[hint]
+    if hint is str:
+        return 'text in quotes ("…")'
+    if origin is Literal:
+        return " or ".join(pformat(choice).replace("'", '"') for choice in args)
+    if origin in (Union, UnionType):
+        return " or ".join(_allowed(choice) for choice in args)
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a tuple (…,), each {_allowed(args[0])}"
+    if origin is tuple:
+        return f"a tuple of {len(args)}, each {_allowed(args[0])}"
+    return f"a dict {{name: value}}, each value {_allowed(args[-1])}"
+
+
+def _takes_text(hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_takes_text(choice) for choice in get_args(hint))
+    return hint is str or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
+
+
+# --- small helpers ------------------------------------------------------------------------------
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Everything in nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)) and not isinstance(value, _Unknown):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _key(statement: BindingStatement) -> str:
+    return ".".join(part for part in (statement.selector, statement.arg_name) if part)
+
+
+def _near(name: str, known: Iterable[Any], prefix: str = "") -> str:
+    """ ", did you mean X?" or nothing."""
+    names = {str(k).lower(): str(k) for k in known}
+    found = difflib.get_close_matches(name.lower(), names, n=1)
+    return f", did you mean {prefix}{names[found[0]]}?" if found else ""

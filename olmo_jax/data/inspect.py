@@ -1,0 +1,39 @@
+"""Training instances as text, with the documents that they came from.
+
+For people who ask what the model saw; nothing here is on the way of training.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from olmo_jax.data.dataset import DataSet
+from olmo_jax.data.tokenizer import load_tokenizer
+
+
+def describe_instance(dataset: DataSet, n: int, tokenizer: Tokenizer | str | Path) -> str:
+    """The n-th instance that training consumes: where it lies, its documents, its text.
+
+    A document is given as [start, end) tokens of its file, id, and source file with line. Raises
+    UserError for a tokenizer that cannot be opened.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer)
+    row = dataset.instance(n)
+    n_tokens = int(np.count_nonzero(row.segment_ids_T))
+    lines = [
+        f"instance {row.instance_id}, the {n:,}-th of the order (from 0), step "
+        f"{dataset.step_of(n):,} (from 0): {n_tokens} tokens, {int(row.loss_mask_T.sum())} targets"
+    ]
+    done = 0
+    for place in dataset.where(row.instance_id):
+        length = place.end - place.start
+        lines += ["", f"{place.path} tokens [{place.start}, {place.end})"]
+        lines += [
+            f"  document [{d.start}, {d.end}) {d.id}  {d.src}:{d.loc}" for d in place.documents
+        ]
+        ids = row.tokens_T[done : done + length].tolist()
+        lines += ["", tokenizer.decode(ids, skip_special_tokens=False)]
+        done += length
+    return "\n".join(lines)
