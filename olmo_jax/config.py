@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from pprint import pformat
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import gin
 from gin.config_parser import (
@@ -24,8 +23,9 @@ from gin.config_parser import (
     ImportStatement,
     IncludeStatement,
 )
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from olmo_jax.config_types import allowed, checked, choices
 from olmo_jax.errors import UserError
 from olmo_jax.model.presets import PRESETS, preset
 from olmo_jax.train.config import RunConfig, validation_faults
@@ -73,7 +73,7 @@ def load_config(
 
 def to_gin(run: RunConfig) -> str:
     """Every value of a run, defaults included, as gin; load_config gives an equal run from it."""
-    lines = ["# The complete configuration of a run, defaults included.\n"]
+    lines = ["# The complete configuration of a run, defaults included."]
     for part, name in zip(fields(RunConfig), COMPONENTS, strict=True):
         lines.append("")
         config = getattr(run, part.name)
@@ -84,6 +84,10 @@ def to_gin(run: RunConfig) -> str:
 
 
 # --- reading ------------------------------------------------------------------------------------
+
+
+_COMMAND_LINE = "command line"
+_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
 class _Unknown(NamedTuple):
@@ -131,25 +135,22 @@ class _Reader:
 
     def read_binding(self, binding: str) -> None:
         name, equals, text = (part.strip() for part in binding.partition("="))
-        where = f"--gin.{name}"
-        if not equals or not re.fullmatch(r"[\w./]+", name):
+        if not equals or not re.fullmatch(r"[\w./]+", name) or "\n" in text:
             raise UserError(
-                f"--gin.{binding}: give --gin.Name.field=value, for instance "
-                "--gin.Optimizer.learning_rate=3e-4"
+                f"--gin.{' '.join(binding.split())}: give one binding, --gin.Name.field=value, "
+                "for instance --gin.Optimizer.learning_rate=3e-4"
             )
-        component, _, field = name.rpartition(".")
+        line = f"{name} = {text}"
         try:
-            statements = list(_statements(f"{name} = {text}", where))
+            statements = list(_statements(line, _COMMAND_LINE))
         except UserError:
-            if not _takes_text(_TYPES.get(component, {}).get(field)):
+            if not _is_bare_text(line):
                 raise
-            statements = list(_statements(f"{name} = {text!r}", where))
-        if len(statements) != 1 or not isinstance(statements[0], BindingStatement):
-            raise UserError(f"--gin.{binding}: give one binding, --gin.Name.field=value")
-        self._bind(statements[0], where)
-        if not field and name not in self.uses:
+            statements = list(_statements(f"{name} = {text!r}", _COMMAND_LINE))
+        self._bind(statements[0], _COMMAND_LINE)
+        if not statements[0].arg_name and name not in self.uses:
             raise UserError(
-                f"{where}={text}: no gin file uses a macro %{name}{_near(name, self.uses)}; a "
+                f"--gin.{name}={text}: no gin file uses a macro %{name}{_near(name, self.uses)}; a "
                 "binding is --gin.Name.field=value"
             )
 
@@ -238,7 +239,7 @@ def _statements(text: str, name: str) -> Iterator[Any]:
         lines = text.splitlines()
         number = min(error.lineno or 1, len(lines))
         line = lines[number - 1] if lines else ""
-        where = name if name.startswith("--gin.") else f"{name}:{number}"
+        where = name if name == _COMMAND_LINE else f"{name}:{number}"
         raise UserError(f"{where}: {_syntax_hint(line, str(error.msg))}") from None
     except tokenize.TokenError as error:
         raise UserError(f"{name}: it ends within a bracket or a text ({error.args[0]})") from None
@@ -246,14 +247,20 @@ def _statements(text: str, name: str) -> Iterator[Any]:
 
 def _syntax_hint(line: str, message: str) -> str:
     """What is wrong with a line that gin cannot parse, and what to write instead."""
-    key, equals, value = (part.strip() for part in line.partition("="))
-    bare = value.partition("#")[0].strip()
-    if value.lower() in ("true", "false", "none", "null"):
-        word = "None" if value.lower() == "null" else value.capitalize()
-        return f"{key} = {value}: write {word}"
-    if equals and bare and not re.search(r"[\"'()\[\]{}]", bare):
-        return f'{key} = {bare}: text needs quotes, write {key} = "{bare}"'
-    return f"not gin syntax, {message.splitlines()[0]}: {line.strip()}"
+    key, _, value = (part.strip() for part in line.partition("#")[0].partition("="))
+    if value.lower() in _CONSTANTS:
+        return f"{key} = {value}: write {_CONSTANTS[value.lower()]}"
+    if _is_bare_text(line):
+        return f'{key} = {value}: text needs quotes, write {key} = "{value}"'
+    return f"not gin syntax, {message.splitlines()[0].rstrip('.')}: {line.strip()}"
+
+
+def _is_bare_text(line: str) -> bool:
+    """Whether a binding's value looks like text without its quotes."""
+    value = line.partition("=")[2].partition("#")[0].strip()
+    return (
+        bool(value) and value.lower() not in _CONSTANTS and not re.search(r"[\"'()\[\]{}]", value)
+    )
 
 
 def _existing(name: str, folders: Iterable[Path], where: str) -> Path:
@@ -280,15 +287,11 @@ def _build(values: dict[str, dict[str, Any]], where: dict[tuple[str, str], str])
         given = {}
         for field, value in values[name].items():
             try:
-                given[field] = _checked(value, _TYPES[name][field])
-            except ValidationError as error:
-                hint = _TYPES[name][field]
-                problem = error.errors(include_url=False)[0]["msg"]
-                near = _near(value, get_args(hint)) if isinstance(value, str) else ""
-                why = f" ({problem})" if "finite" in problem else ""
+                given[field] = checked(value, _TYPES[name][field])
+            except ValueError:
                 faults.append(
                     f"{name}.{field} = {value!r} ({where[name, field]}): allowed is "
-                    f"{_allowed(hint)}{why}{near}"
+                    f"{allowed(_TYPES[name][field])}{_near(str(value), choices(_TYPES[name][field]))}"
                 )
         if len(given) < len(values[name]):
             continue
@@ -305,66 +308,16 @@ def _build(values: dict[str, dict[str, Any]], where: dict[tuple[str, str], str])
     return RunConfig(**parts)
 
 
-def _checked(value: Any, hint: Any) -> Any:
-    """The value as the field's type, strictly: no text for a number, no number for a bool.
-
-    gin's lists become tuples, and 5e12, which is a float, an int where one is asked for.
-    """
-    adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
-    value = _tuples(value)
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        try:
-            return adapter.validate_python(_tuples(value, whole=True))
-        except ValidationError:
-            raise error from None
-
-
-def _tuples(value: Any, whole: bool = False) -> Any:
-    """Lists as tuples, all the way down; with `whole`, floats without a fraction as ints."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_tuples(v, whole) for v in value)
-    if isinstance(value, dict):
-        return {k: _tuples(v, whole) for k, v in value.items()}
-    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
-
-
 def _placed(name: str, fault: str, where: dict[tuple[str, str], str]) -> str:
     """A fault with its component, and where gin gives the fields that it speaks of."""
-    if fault == "vocab_size is not given":
-        return f"Model: vocab_size is not given; give it, or Model.preset, one of {list(PRESETS)}"
+    if name == "Model" and fault.endswith("not given"):
+        return f"Model: {fault}; give a released model, Model.preset = one of {', '.join(PRESETS)}"
     places = dict.fromkeys(
         place
         for (component, field), place in where.items()
         if component == name and re.search(rf"\b{field}\b", fault)
     )
     return f"{name}: {fault}" + (f" ({', '.join(places)})" if places else "")
-
-
-def _allowed(hint: Any) -> str:
-    """A type in words."""
-    words = {int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"}
-    origin, args = get_origin(hint), get_args(hint)
-    if hint in words:
-        return words[hint]
-    if hint is str:
-        return 'text in quotes ("…")'
-    if origin is Literal:
-        return " or ".join(pformat(choice).replace("'", '"') for choice in args)
-    if origin in (Union, UnionType):
-        return " or ".join(_allowed(choice) for choice in args)
-    if origin is tuple and args[-1] is Ellipsis:
-        return f"a tuple (…,), each {_allowed(args[0])}"
-    if origin is tuple:
-        return f"a tuple of {len(args)}, each {_allowed(args[0])}"
-    return f"a dict {{name: value}}, each value {_allowed(args[-1])}"
-
-
-def _takes_text(hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_takes_text(choice) for choice in get_args(hint))
-    return hint is str or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
 
 
 # --- small helpers ------------------------------------------------------------------------------

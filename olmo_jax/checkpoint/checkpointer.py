@@ -136,14 +136,15 @@ class Checkpointer(CheckpointReader):
         Returns when the arrays were copied off the device (waiting for the save before, if that
         is not finished): `state` may be donated at once. `metadata` is JSON. `permanent` says
         that the checkpoint is never removed; None: as the configuration says. A step whose
-        complete checkpoint is there already is not saved again. Raises UserError when this save,
-        or the one before, failed.
+        complete checkpoint is there already is not saved again. Raises UserError when the save
+        before failed; what goes wrong with this one comes out of `check`, `wait` or the next save.
         """
         self.wait()
         if (self.path(step) / MANIFEST).is_file():
             return
         leaves = [(name, _detached(leaf)) for name, leaf in named_leaves(state)]
-        # Otherwise the writes, once begun, take the cores from the copies: 2.8 s against 0.9.
+        # Otherwise the writes, once begun, take the cores from the copies (1.2 GB on
+        # two busy cores: 2.8 s against 1.5).
         jax.block_until_ready(leaves)
         needed = sum(leaf.nbytes for _, leaf in leaves)
         content = {

@@ -100,6 +100,11 @@ class CheckpointReader:
         self._refuse_damage(step, (METADATA,))
         return json.loads((self.path(step) / METADATA).read_bytes())
 
+    def verify(self, step: int) -> None:
+        """Checks every file of a step. Raises UserError when it is missing or damaged."""
+        self._require(step)
+        self._refuse_damage(step, ("",))
+
     def read_file(self, step: int, name: str) -> bytes:
         """One of the small files that were saved with a step, such as tokenizer.json."""
         self._require(step)

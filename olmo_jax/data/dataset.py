@@ -5,7 +5,7 @@ Reads token files by memory map; prefetch and worker processes are `loader`'s.
 
 import gzip
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from olmo_jax.data.steps import Steps
 from olmo_jax.data.token_files import (
     Document,
     TokenFile,
+    check_complete,
     check_ids,
     find_files,
     open_token_file,
@@ -34,7 +35,7 @@ from olmo_jax.data.token_files import (
 from olmo_jax.errors import UserError
 
 Progress = Callable[[int, int], None]
-_COUNT_DOCUMENTS_BELOW = 256 << 20  # bytes of .csv.gz, a few seconds
+_READ_DOCUMENTS_BELOW = 256 << 20  # bytes of .csv.gz in all: a few seconds
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,17 @@ def open_dataset(
     total, done = sum(len(paths) for paths in groups.values()), 0
     files: dict[str, tuple[TokenFile, ...]] = {}
     for name, paths in groups.items():
-        opened = []
+        found: list[TokenFile] = []
         for path in paths:
-            opened.append(open_token_file(path, dtype, vocab_size))
+            found.append(open_token_file(path, dtype, vocab_size))
             done += 1
             if progress:
                 progress(done, total)
-        files[name] = tuple(opened)
+        files[name] = tuple(found)
+    every_file = [file for opened in files.values() for file in opened]
+    if _documents_are_few(every_file):
+        for file in every_file:
+            check_complete(file)
     return DataSet(config, vocab_size, files)
 
 
@@ -217,8 +222,7 @@ class DataSet:
     def table(self) -> list[dict[str, Any]]:
         """A row for each source: name, files, bytes, tokens, documents (None if not known or too
         many to count), instances, share of the training instances."""
-        csv_bytes = sum(_size(f.documents_path) for s in self.sources for f in s.files)
-        count = csv_bytes < _COUNT_DOCUMENTS_BELOW
+        count = _documents_are_few([f for s in self.sources for f in s.files])
         return [
             {
                 "source": s.name or "data",
@@ -278,5 +282,7 @@ def _count_documents(files: tuple[TokenFile, ...]) -> int | None:
     return count
 
 
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0
+def _documents_are_few(files: Iterable[TokenFile]) -> bool:
+    """Whether reading every .csv.gz takes seconds rather than hours."""
+    paths = [f.documents_path for f in files if os.path.exists(f.documents_path)]
+    return sum(map(os.path.getsize, paths)) < _READ_DOCUMENTS_BELOW

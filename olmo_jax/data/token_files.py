@@ -150,13 +150,29 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
                 f"{path}: document {after.id!r} [{after.start}, {after.end}) overlaps the one "
                 f"before it, which ends at token {before.end}"
             )
-    if n_tokens is not None and documents and documents[-1].end > n_tokens:
+    if n_tokens is not None and documents:
+        _check_end(path, documents[-1].end, n_tokens)
+    return documents
+
+
+def check_complete(file: TokenFile) -> None:
+    """Raise UserError when the file ends before its last document does."""
+    if os.path.exists(file.documents_path):
+        try:
+            with gzip.open(file.documents_path, "rb") as f:
+                last = f.read().rstrip(b"\n").rpartition(b"\n")[2]
+            _check_end(file.documents_path, int(last.split(b",")[1]), file.size)
+        except (OSError, EOFError, zlib.error, IndexError, ValueError):
+            read_documents(file.documents_path, file.size)  # says what is wrong, and in which row
+
+
+def _check_end(path: str, end: int, n_tokens: int) -> None:
+    if end > n_tokens:
         token_file = path.removesuffix(".csv.gz") + ".npy"
         raise UserError(
             f"{token_file}: truncated: it holds {n_tokens} tokens, but its .csv.gz has a document "
-            f"that ends at token {documents[-1].end}"
+            f"that ends at token {end}"
         )
-    return documents
 
 
 def _parse_row(row: list[str], path: str, number: int) -> Document:

@@ -38,14 +38,15 @@ def tokenize_documents(
     tokenizer: Tokenizer | str | Path,
     *,
     eos_token: str = EOS,
+    strip: bool = True,
     max_tokens_per_file: int = 1 << 26,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokenized:
     """Write `out_dir`/part-00000.npy, … with their .csv.gz from JSONL documents (.gz, .zst too).
 
-    Each text is stripped, skipped when empty, encoded, and ended with `eos_token` unless it ends
-    with it already. A new file starts before the document that would take it past
-    `max_tokens_per_file`; a longer document gets a file of its own. The type is the smallest that
+    Each text is stripped (as Dolma does; not with strip=False), skipped when empty, encoded, and
+    ended with `eos_token` unless it ends with it already. A new file starts before the document
+    that would take it past `max_tokens_per_file`; a longer document gets a file of its own. The type is the smallest that
     holds the vocabulary. `progress(done, total)` counts input bytes. Raises UserError for a file
     that cannot be read, a token that the tokenizer lacks, or an `out_dir` that is not empty.
     """
@@ -63,10 +64,12 @@ def tokenize_documents(
         skipped = before = 0
         for path in inputs:
             for batch in _batches(path):
-                kept = [d._replace(text=text) for d in batch if (text := d.text.strip())]
+                texts = [d.text.strip() if strip else d.text for d in batch]
+                kept = [d for d, text in zip(batch, texts, strict=True) if text]
                 skipped += len(batch) - len(kept)
-                texts = [d.text for d in kept]
-                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                encodings = tokenizer.encode_batch_fast(
+                    [text for text in texts if text], add_special_tokens=False
+                )
                 for document, encoding in zip(kept, encodings, strict=True):
                     ids = encoding.ids if encoding.ids[-1:] == [eos] else [*encoding.ids, eos]
                     writer.add(ids, document.id, path, document.line)

@@ -97,7 +97,8 @@ def render(run: Run) -> str:
             if table.rows
         ],
         environment=[
-            (_title(name), _cell(name, fact)[0]) for name, fact in run.environment.items()
+            (name.removesuffix("_bytes").replace("_", " "), _cell(name, fact)[0])
+            for name, fact in run.environment.items()
         ],
         size_text=size_text,
         # The only script that a browser may run in this page, should an escape ever be forgotten.

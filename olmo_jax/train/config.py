@@ -1,4 +1,4 @@
-"""What a training run is: `TrainConfig`, and `RunConfig`, the bundle of every room's configuration."""
+"""What a training run is: `TrainConfig`, and `RunConfig`, every room's configuration in one."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -117,12 +117,14 @@ class RunConfig:
 
 def validation_faults(error: ValidationError) -> list[str]:
     """Pydantic's faults in plain words, one line each, without its jargon and addresses."""
-    lines = []
-    for fault in error.errors(include_url=False):
+    faults = error.errors(include_url=False)
+    missing = [str(fault["loc"][0]) for fault in faults if fault["type"] == "missing"]
+    lines = [f"{', '.join(missing)} not given"] if missing else []
+    for fault in faults:
         field = ".".join(str(key) for key in fault["loc"][:1])
         message = fault["msg"].removeprefix("Value error, ").replace("Input should", "it must")
         if fault["type"] == "missing":
-            lines.append(f"{field} is not given")
+            continue
         elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             lines.append(f"{field} is no field")
         elif field:

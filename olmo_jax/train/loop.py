@@ -114,7 +114,8 @@ class _Loop:
     def _write_facts(self) -> None:
         """The files that explain the run to a reader; whole, and again at every start."""
         data = {"sources": self.dataset.table(), "fingerprint": self.dataset.fingerprint}
-        data |= {"heldout": [h.table() for h in self.evaluators if isinstance(h, HeldOut)]}
+        heldout = [h.table() for h in self.evaluators if isinstance(h, HeldOut)]
+        data |= {"heldout": heldout[0] if heldout else []}
         for path, content in (
             (self.folder.config_json, self.run.as_json()),
             (self.folder.environment_json, environment()),

@@ -48,7 +48,7 @@ def test_where_names_the_documents_of_an_instance(write_tokens):
     (place,) = data.where(2)
     assert (place.start, place.end) == (32, 48)
     assert [d.id for d in place.documents] == ["a.npy-1", "a.npy-2", "a.npy-3"]
-    assert [(d.start, d.src, d.loc) for d in place.documents][0] == (10, "a, b.jsonl", 2)
+    assert place.documents[0] == Document(10, 40, "a.npy-1", "a, b.jsonl", 2)
 
 
 def test_the_table(write_tokens):
@@ -128,7 +128,7 @@ def test_bad_document_files(tmp_path, write_tokens):
         (tmp_path / "a.csv.gz").write_bytes(gzip.compress(text.encode()))
         with pytest.raises(UserError, match=message):
             read_documents(str(tmp_path / "a.csv.gz"))
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"0,5,a,b,1\n" * 99)[:40])
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"0,5,a,b,1\n" * 99)[:-12])
     with pytest.raises(UserError, match="not a readable"):
         read_documents(str(tmp_path / "a.csv.gz"))
     file = write_tokens("b.npy", [40])

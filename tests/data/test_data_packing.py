@@ -101,7 +101,7 @@ def test_packed_instances_lose_no_token_and_keep_documents_whole(
                 document = expected[place.path, place.start]
                 assert mine == document[:128] and (len(mine) == len(document) or len(mine) == 128)
     assert whole == total
-    assert len(dataset) * 128 / total < 1.01  # under 1 % padding
+    assert len(dataset) * 128 / total < 1.02  # under 2 % padding, of few documents
 
 
 def _spans(tokens):
@@ -111,7 +111,7 @@ def _spans(tokens):
 
 def test_an_index_file_is_written_once_and_follows_the_data(write_tokens, tmp_path):
     rng = np.random.default_rng(0)
-    lengths = (1 + rng.geometric(1 / 5, 40_000)).tolist()
+    lengths = (1 + rng.geometric(1 / 5, 60_000)).tolist()
     file = write_tokens("a.npy", lengths)
     config = DataConfig(
         paths=(str(file),),

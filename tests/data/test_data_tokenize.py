@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from olmo_jax.data import DataConfig, open_dataset
 from olmo_jax.data.inspect import describe_instance
 from olmo_jax.data.tokenize import tokenize_documents
-from olmo_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from olmo_jax.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from olmo_jax.errors import UserError
 
 TEXTS = [
@@ -102,8 +102,8 @@ def test_a_document_is_never_split_across_files(tmp_path, tokenizer):
     assert all(f.size <= 500 or len(f.documents()) == 1 for f in parts.files)
     joined = np.concatenate([f.tokens for f in parts.files])
     assert np.array_equal(joined, whole.files[0].tokens)
-    for a, b in zip(sorted((tmp_path / "many").iterdir()), sorted((tmp_path / "again").iterdir())):
-        assert a.read_bytes() == b.read_bytes()
+    many, twice = (sorted((tmp_path / name).iterdir()) for name in ("many", "again"))
+    assert [f.read_bytes() for f in many] == [f.read_bytes() for f in twice]
     assert len(again.files) == len(parts.files)
 
 
@@ -155,3 +155,13 @@ def test_an_instance_is_shown_with_its_documents(tmp_path, tokenizer):
     for d in documents:
         assert f"[{d.start}, {d.end}) {d.id}  {tmp_path}/a.jsonl:{d.loc}" in shown
     assert tokenizer.decode(done.files[0].tokens[32:64].tolist(), False) in shown
+
+
+def test_without_stripping_every_byte_is_counted(tmp_path, tokenizer):
+    text = "  a first line\n\nénd \n"
+    documents = tmp_path / "a.jsonl"
+    documents.write_text(json.dumps({"id": "a", "text": text}) + "\n")
+    bytes_V = token_bytes(tokenizer)
+    for strip, expected in ((False, text), (True, text.strip())):
+        out = tokenize_documents([str(documents)], tmp_path / str(strip), tokenizer, strip=strip)
+        assert bytes_V[out.files[0].tokens].sum() == len(expected.encode())

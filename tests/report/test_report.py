@@ -6,9 +6,11 @@ import math
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from olmo_jax.errors import UserError
@@ -143,7 +145,7 @@ def test_hostile_text_is_shown_and_never_run(run_dir):
     (run_dir / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
     table = {"sources": [{HOSTILE: HOSTILE}], "heldout": [], "baselines": {HOSTILE: 2.5}}
     (run_dir / "data.json").write_text(json.dumps(table))
-    hostile_dir = run_dir.with_name(HOSTILE.replace("/", "∕"))
+    hostile_dir = run_dir.with_name(HOSTILE.replace("/", ""))
     shutil.move(run_dir, hostile_dir)
     text, page = report(hostile_dir)
     assert [tag for tag, _ in page.tags].count("script") == 1
@@ -196,7 +198,6 @@ def test_a_report_needs_neither_jax_nor_a_plotting_library(run_dir):
 
 
 def test_a_long_noisy_curve_keeps_its_spikes_and_its_gaps():
-    np = pytest.importorskip("numpy")
     noise = random.Random(0)
     values = np.array([noise.gauss(3, 0.1) for _ in range(100_000)])
     values[70_001] = 3.9
@@ -210,7 +211,6 @@ def test_a_long_noisy_curve_keeps_its_spikes_and_its_gaps():
 
 
 def test_one_compilation_does_not_flatten_the_step_times():
-    np = pytest.importorskip("numpy")
     seconds = np.full(200, 0.2)
     seconds[0] = 60.0
     plot = make_plot("Step time", [Curve("s", "speed", np.arange(200), seconds)], str, None, True)
@@ -239,8 +239,6 @@ def test_numbers_are_written_for_people():
 
 
 def test_the_environment_is_json_and_names_no_host():
-    import socket
-
     facts = environment()
     assert json.loads(json.dumps(facts)) == facts
     assert {"python", "jax", "cpu", "cores", "devices", "os"} <= set(facts)
