@@ -62,11 +62,10 @@ def load_config(
         for binding in bindings:
             reader.read_binding(binding)
         reader.check_macros()
-        try:
-            values = {name: collect() for name, collect in _VALUES.items()}
-        except RecursionError:
-            raise UserError("macros refer to one another in a circle") from None
+        values = {name: collect() for name, collect in _VALUES.items()}
         return _build(values, reader.where)
+    except RecursionError:
+        raise UserError("macros refer to one another in a circle, or brackets nest") from None
     finally:
         gin.clear_config()
 
@@ -86,7 +85,7 @@ def to_gin(run: RunConfig) -> str:
 # --- reading ------------------------------------------------------------------------------------
 
 
-_COMMAND_LINE = "command line"
+_COMMAND_LINE = "command line"  # in the place of a file's name
 _CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -115,9 +114,9 @@ class _Reader:
         self.uses: dict[str, str] = {}  # macro name -> where it is used
 
     def read_file(self, path: Path) -> None:
-        if path in self.open_files:
-            raise UserError(f"{path}: includes itself, by way of {self.open_files[-1]}")
-        self.open_files.append(path)
+        if path.resolve() in self.open_files:
+            raise UserError(f"{path}: includes itself, by way of {self.open_files[-1].name}")
+        self.open_files.append(path.resolve())
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -199,8 +198,10 @@ class _Reader:
                 continue
             if str(value).startswith("%"):
                 self.uses.setdefault(str(value)[1:], where)
-            elif isinstance(value, _Unknown) or value.selector in COMPONENTS:
-                name = value.name if isinstance(value, _Unknown) else value.scoped_selector
+                continue
+            name = value.name if isinstance(value, _Unknown) else value.scoped_selector
+            # Without imports all that gin could know is its own machinery.
+            if isinstance(value, _Unknown) or name in COMPONENTS or not self.allow_imports:
                 raise UserError(
                     f"{_key(statement)} = @{name} ({where}): nothing is known by that reference; "
                     "give a value, or a macro (%NAME)"
@@ -241,8 +242,8 @@ def _statements(text: str, name: str) -> Iterator[Any]:
         line = lines[number - 1] if lines else ""
         where = name if name == _COMMAND_LINE else f"{name}:{number}"
         raise UserError(f"{where}: {_syntax_hint(line, str(error.msg))}") from None
-    except tokenize.TokenError as error:
-        raise UserError(f"{name}: it ends within a bracket or a text ({error.args[0]})") from None
+    except (tokenize.TokenError, TypeError) as error:  # TypeError: a list as the key of a dict
+        raise UserError(f"{name}: not gin syntax, {error.args[0]}") from None
 
 
 def _syntax_hint(line: str, message: str) -> str:
@@ -289,9 +290,10 @@ def _build(values: dict[str, dict[str, Any]], where: dict[tuple[str, str], str])
             try:
                 given[field] = checked(value, _TYPES[name][field])
             except ValueError:
+                hint = _TYPES[name][field]
                 faults.append(
                     f"{name}.{field} = {value!r} ({where[name, field]}): allowed is "
-                    f"{allowed(_TYPES[name][field])}{_near(str(value), choices(_TYPES[name][field]))}"
+                    f"{allowed(hint)}{_near(str(value), choices(hint))}{_as_tuple(value, hint)}"
                 )
         if len(given) < len(values[name]):
             continue
@@ -320,6 +322,14 @@ def _placed(name: str, fault: str, where: dict[tuple[str, str], str]) -> str:
     return f"{name}: {fault}" + (f" ({', '.join(places)})" if places else "")
 
 
+def _as_tuple(value: Any, hint: Any) -> str:
+    """The hint to add brackets and a comma, where that is all that is missing."""
+    try:
+        return f"; write {checked((value,), hint)!r}" if not isinstance(value, tuple) else ""
+    except ValueError:
+        return ""
+
+
 # --- small helpers ------------------------------------------------------------------------------
 
 
@@ -339,7 +349,7 @@ def _key(statement: BindingStatement) -> str:
 
 
 def _near(name: str, known: Iterable[Any], prefix: str = "") -> str:
-    """ ", did you mean X?" or nothing."""
+    """The hint ", did you mean X?", or nothing where no name is near."""
     names = {str(k).lower(): str(k) for k in known}
     found = difflib.get_close_matches(name.lower(), names, n=1)
     return f", did you mean {prefix}{names[found[0]]}?" if found else ""

@@ -4,7 +4,7 @@ Knows arrays and files; not what a model or an optimizer is.
 """
 
 from olmo_jax.checkpoint.checkpointer import CheckpointConfig, Checkpointer
-from olmo_jax.checkpoint.reader import CheckpointReader
+from olmo_jax.checkpoint.reader import CheckpointReader, find_checkpoint
 from olmo_jax.checkpoint.run_folder import RunFolder
 
-__all__ = ["CheckpointConfig", "CheckpointReader", "Checkpointer", "RunFolder"]
+__all__ = ["CheckpointConfig", "CheckpointReader", "Checkpointer", "RunFolder", "find_checkpoint"]

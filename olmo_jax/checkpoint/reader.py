@@ -219,6 +219,23 @@ class CheckpointReader:
             )
 
 
+def find_checkpoint(path: str | Path, step: int | None = None) -> tuple[CheckpointReader, int] | None:
+    """The checkpoint that a path means: a run folder's newest complete one (or that of `step`), or
+    the folder of one checkpoint. None when the path is neither. Raises UserError for an empty run.
+    """
+    path = Path(path).expanduser().absolute()
+    if re.fullmatch(r"step\d+", path.name) and (path / METADATA).is_file():
+        return CheckpointReader(path.parent), int(path.name.removeprefix("step"))
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if not folder.is_dir():
+        return None
+    reader = CheckpointReader(folder)
+    step = reader.latest() if step is None else step
+    if step is None:
+        raise UserError(f"{path}: the run has no complete checkpoint yet")
+    return reader, step
+
+
 def _array_text(entry: tuple[list[int], str] | None) -> str:
     return "nothing" if entry is None else f"{entry[1]}{entry[0]}"
 

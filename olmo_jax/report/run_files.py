@@ -118,13 +118,18 @@ def _read_checkpoints(folder: Path) -> list[Checkpoint]:
         if not match or not path.is_dir():
             continue
         metadata = _read_json(path / "metadata.json")
+        try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        except OSError:  # the run, still going on, is removing this one
+            continue
         found.append(
             Checkpoint(
                 step=int(match[1]),
                 complete=(path / "manifest.json").is_file(),
                 permanent=bool(metadata.get("permanent")),
-                bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-                written=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+                bytes=size,
+                written=written,
                 parameters=_parameter_count(metadata),
             )
         )

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from olmo_jax.checkpoint import Checkpointer, RunFolder
+from olmo_jax.checkpoint import Checkpointer, RunFolder, find_checkpoint
+from olmo_jax.convert.load import load_mean
 from olmo_jax.data import open_dataset
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
@@ -57,8 +58,11 @@ class _Loop:
         self.run = run
         self.folder = RunFolder(run.train.run_dir)
         self.tokenizer, tokenizer_file = _read_tokenizer(run.train.tokenizer)
-        self.dataset: DataSet = open_dataset(run.data, run.model.vocab_size)
         self.plan = Plan(run)
+        self.dataset: DataSet | None = None  # a plan of no steps (a soup) needs none
+        if self.plan.steps:
+            self.dataset = open_dataset(run.data, run.model.vocab_size)
+        self.fingerprint = self.dataset.fingerprint if self.dataset else ""
         if run.train.deterministic:  # read when the first device is touched, by the next line
             os.environ["XLA_FLAGS"] = (
                 os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
@@ -113,7 +117,8 @@ class _Loop:
 
     def _write_facts(self) -> None:
         """The files that explain the run to a reader; whole, and again at every start."""
-        data = {"sources": self.dataset.table(), "fingerprint": self.dataset.fingerprint}
+        sources = self.dataset.table() if self.dataset else []
+        data: dict[str, Any] = {"sources": sources, "fingerprint": self.fingerprint}
         heldout = [h.table() for h in self.evaluators if isinstance(h, HeldOut)]
         data |= {"heldout": heldout[0] if heldout else []}
         for path, content in (
@@ -127,19 +132,25 @@ class _Loop:
         """The state to go on from, and the number of steps it has finished."""
         latest = self.checkpointer.latest()
         if latest is None:
-            return self.trainer.init_state(self._initial_params()), 0
+            return self._initial_state(), 0
         saved = self.checkpointer.metadata(latest)
-        refuse_changes(self.run.as_json(), self.dataset.fingerprint, saved, self.folder.path)
+        refuse_changes(self.run.as_json(), self.fingerprint, saved, self.folder.path)
         return self.checkpointer.restore(latest, self.trainer.abstract_state), latest
 
-    def _initial_params(self):
+    def _initial_state(self) -> TrainState:
         run = self.run
         if not run.train.init_from:
             kernels = self.model.kernels
-            return lambda: parameters(Transformer(run.model, run.train.seed, kernels))
-        from olmo_jax.convert.load import load_parameters
-
-        return load_parameters(run.train.init_from, run.model)
+            return self.trainer.init_state(
+                lambda: parameters(Transformer(run.model, run.train.seed, kernels))
+            )
+        found = find_checkpoint(run.train.init_from[0])
+        if len(run.train.init_from) == 1 and found:  # its optimizer state comes along
+            reader, step = found
+            state = reader.restore(step, self.trainer.abstract_state)
+            zero = jax.device_put(np.int32(0), self.trainer.shardings.step)
+            return state._replace(step=zero, skip=self.trainer.empty_skip_state())
+        return self.trainer.init_state(load_mean(run.train.init_from, run.model))
 
     def run_to_end(self) -> int:
         plan, train = self.plan, self.run.train
@@ -154,10 +165,16 @@ class _Loop:
             progress = stack.enter_context(Progress(end, first))
             if first:
                 progress.message(f"resuming {self.folder.path} from step {first}")
-            if first >= end:
+            if self.dataset is None and self.checkpointer.latest() is None:
+                self._evaluate(state, 0, writer, progress)
+                self._save(0, state, writer)
+                self.checkpointer.wait()
+                progress.message(f"saved the initial weights in {self.folder.path}")
+            elif first >= end:
                 progress.message(f"nothing to do: step {first} is finished, the end is step {end}")
-                return STATUS_DONE
-            return self._steps(state, first, end, writer, progress)
+            else:
+                return self._steps(state, first, end, writer, progress)
+            return STATUS_DONE
 
     def _steps(
         self,
@@ -230,9 +247,9 @@ class _Loop:
     def _save(self, step: int, state: TrainState, writer: MetricsWriter) -> None:
         writer.flush()  # the rows up to here are on disk before the checkpoint counts
         metadata = {
-            "n": self.dataset.first_n(step),
+            "n": self.plan.batches.first_n(step),
             "tokens": self.plan.tokens_after(step),
-            "fingerprint": self.dataset.fingerprint,
+            "fingerprint": self.fingerprint,
             "config": self.run.as_json(),
         }
         end = step == self.plan.steps or step == self.run.train.stop_at

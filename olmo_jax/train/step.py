@@ -93,6 +93,10 @@ class Trainer:
         params = jax.device_put(make_params, self.shardings.params)
         return jax.jit(self._state, out_shardings=self.shardings)(params)
 
+    def empty_skip_state(self) -> SkipState:
+        """SkipStep's window before the first step."""
+        return jax.device_put(SkipState.empty(self.optimizer), self.shardings.skip)
+
     def _state(self, params: dict) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),

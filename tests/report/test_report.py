@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from olmo_jax.errors import UserError
-from olmo_jax.report.environment import environment
+from olmo_jax.parallel.environment import environment
 from olmo_jax.report.plots import Curve, make_plot, tick_text, ticks
 from olmo_jax.report.report import count_text, size_text, time_text, write_report
 

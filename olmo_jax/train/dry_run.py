@@ -1,0 +1,48 @@
+"""What a run would be, in words, before anything is allocated: size, plan, kernels, mesh.
+
+Nothing is compiled and no data file is opened; `plan/` measures memory and time.
+"""
+
+import jax
+
+from olmo_jax.errors import UserError
+from olmo_jax.ops.kernels import pick_kernels
+from olmo_jax.parallel.mesh import build_mesh
+from olmo_jax.train.config import RunConfig
+from olmo_jax.train.flops import flops_per_token
+from olmo_jax.train.plan import Plan
+
+
+def describe(run: RunConfig) -> str:
+    """Lines "name: value". A mesh that does not fit this machine is told there, not raised."""
+    plan, T = Plan(run), run.data.sequence_length
+    flops = flops_per_token(run.model, T)
+    sizes = sorted(plan.batch_sizes)
+    tokens_a_step = " to ".join(f"{size * T:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    instances = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    try:
+        mesh = build_mesh(run.mesh)
+        platform = mesh.devices.flat[0].platform
+        axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        where = f"{axes or 'one device'} ({mesh.devices.size} x {mesh.devices.flat[0].device_kind})"
+    except UserError as error:
+        platform, where = jax.default_backend(), f"does not fit this machine ({error})"
+    kernels = pick_kernels(platform)
+    count = run.model.parameter_count()
+    lines = {
+        "parameters": f"{count:,} ({run.model.parameter_count(embedding=False):,} without the "
+        "embedding table)",
+        "FLOPs a token": f"{flops:.4g} (6 x parameters without the embedding table, and attention "
+        "over all T x T pairs)",
+        "tokens a step": f"{tokens_a_step} ({instances} instances of {T:,})",
+        "steps": f"{plan.steps:,}"
+        + (f", stopping at {run.train.stop_at:,}" if run.train.stop_at else ""),
+        "tokens": f"{plan.tokens:,}",
+        "FLOPs": f"{flops * plan.tokens:.4g}",
+        "kernels": f"linear {kernels.linear}, attention {kernels.attention}, cross-entropy over "
+        f"{kernels.cross_entropy_tokens:,} tokens at a time",
+        "mesh": where,
+    }
+    width = max(len(name) for name in lines) + 2
+    text = [f"{name + ':':{width}}{value}" for name, value in lines.items()]
+    return "\n".join([*text, *(f"{'note:':{width}}{note}" for note in kernels.notes)])
