@@ -4,12 +4,14 @@
 """
 
 import difflib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Context, Option
@@ -70,7 +72,8 @@ def run(arguments: Sequence[str]) -> int:
         return STATUS_USER_ERROR
     except typer.TyperException as error:  # options and arguments that typer refuses
         command = getattr(getattr(error, "ctx", None), "command_path", "olmo-jax")
-        _print_error(f"{error.format_message().rstrip('.')}; see {command} --help")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        _print_error(f"{message}; see {command} --help")
         return STATUS_USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         return STATUS_INTERRUPTED
@@ -112,7 +115,7 @@ def train(
     """
     from olmo_jax.config import load_config, to_gin
 
-    config = load_config(gin_file or [], _bindings(context), allow_gin_imports)
+    config = load_config(gin_file or [], _bindings(context, context.args), allow_gin_imports)
     if dry_run:
         from olmo_jax.train.dry_run import describe
 
@@ -120,7 +123,11 @@ def train(
         return
     from olmo_jax.train.loop import train
 
-    raise typer.Exit(train(config, to_gin(config), evaluators=_samples(config)))
+    from olmo_jax.report.report import write_report
+
+    status = train(config, to_gin(config), evaluators=_samples(config))
+    print(f"report: {write_report(config.train.run_dir)}")
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -145,8 +152,81 @@ def fork(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, Argument(help="A run folder, one of its checkpoints, or a transformers folder.")
+    ],
+    target: Annotated[str, Argument(help="The new folder.")],
+    to: Annotated[
+        Literal["hf"], Option("--to", help="hf: what PyTorch's transformers loads.")
+    ] = "hf",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Option("--dtype", help="Type of the written weights.")
+    ] = "float32",
+    step: Annotated[
+        int | None, Option("--step", help="A run's checkpoint; the newest if none.")
+    ] = None,
+) -> None:
+    """Write a model as a folder for another program.
+
+    ```
+    olmo-jax convert runs/demo runs/demo/hf --to=hf
+    ```
+    """
+    from olmo_jax.convert.export import convert
+
+    with _progress("writing") as progress:
+        convert(source, target, to, dtype=dtype, step=step, progress=progress)
+    print(f"{target}: written; AutoModelForCausalLM.from_pretrained({target!r}) loads it")
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, Argument(help="A run folder, one of its checkpoints, or a transformers folder.")
+    ],
+    prompt: Annotated[str, Option("--prompt", help="The text to go on from.")] = "",
+    max_tokens: Annotated[int, Option("--max_tokens", help="At most so many tokens.")] = 100,
+    temperature: Annotated[
+        float, Option("--temperature", help="0 takes the likeliest token each time.")
+    ] = 0.8,
+    top_k: Annotated[int | None, Option("--top_k", help="Only the K likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, Option("--top_p", help="Only the likeliest tokens that reach this probability.")
+    ] = 1.0,
+    seed: Annotated[int, Option("--seed", help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let a model continue a text, on stdout as it comes; tokens/s at the end, on stderr.
+
+    ```
+    olmo-jax generate runs/demo --prompt="**MACBETH**" --max_tokens=200
+    ```
+    """
+    from olmo_jax.convert.load import load, load_tokenizer
+    from olmo_jax.generate import generate_text
+
+    tokenizer = load_tokenizer(model)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    pieces = generate_text(load(model), tokenizer, prompt, max_tokens, **options)
+    print(prompt, end="", flush=True)
+    text, start = [], 0.0
+    for piece in pieces:
+        start = start or time.perf_counter()  # the first piece has waited for compilation
+        text.append(piece)
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
+    print()
+    n = len(tokenizer.encode("".join(text)).ids)
+    print(f"{n} tokens, {max(0, n - 1) / seconds:,.0f} tokens/s after the first", file=sys.stderr)
+
+
+@app.command()
 def report(
     run: Annotated[str, Argument(help="A run folder.")],
+    baselines: Annotated[
+        str | None,
+        Option("--baselines", help='JSON of others\' bits per byte, {"name": 2.3}; kept in RUN.'),
+    ] = None,
 ) -> None:
     """Write a run's page: plots, samples, configuration, environment, data.
 
@@ -156,6 +236,12 @@ def report(
     """
     from olmo_jax.report.report import write_report
 
+    if baselines:
+        from olmo_jax.data.token_files import write_atomically
+
+        path = Path(run) / "data.json"
+        kept = _read_json(path) | {"baselines": _read_json(Path(baselines))}
+        write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
     print(write_report(run))
 
 
@@ -216,6 +302,9 @@ def data_tokenize(
     eos_token: Annotated[
         str, Option("--eos_token", help="The token that ends each document.")
     ] = "<|endoftext|>",
+    keep_whitespace: Annotated[
+        bool, Option("--keep_whitespace", help="Do not strip documents.")
+    ] = False,
     max_tokens_per_file: Annotated[
         int, Option("--max_tokens_per_file", help="Start a new file beyond this.")
     ] = 1 << 26,
@@ -234,6 +323,7 @@ def data_tokenize(
             out,
             tokenizer,
             eos_token=eos_token,
+            strip=not keep_whitespace,
             max_tokens_per_file=max_tokens_per_file,
             progress=progress,
         )
@@ -266,19 +356,20 @@ def data_inspect(
     from olmo_jax.data import open_dataset
     from olmo_jax.data.inspect import describe_instance
 
-    *run, n = what
+    options = [argument for argument in (*what, *context.args) if argument.startswith("-")]
+    *run, n = [argument for argument in what if argument not in options] or [""]
     if not n.isdecimal() or len(run) != (not gin_file):
         raise UserError(
-            f"data inspect {' '.join(what)}: give a run folder and a number, or --gin_file and a "
-            "number: olmo-jax data inspect runs/demo 0"
+            f"data inspect {' '.join([*run, n])}: give a run folder and a number, or --gin_file "
+            "and a number: olmo-jax data inspect runs/demo 0"
         )
     if run:
-        _bindings(context, allowed=False)
+        _bindings(context, options, allowed=False)
         config, own = _run_config(run[0]), os.path.join(run[0], "tokenizer.json")
     else:
         from olmo_jax.config import load_config
 
-        config = load_config(gin_file or [], _bindings(context), allow_gin_imports)
+        config = load_config(gin_file or [], _bindings(context, options), allow_gin_imports)
         own = config.train.tokenizer or ""
     if not tokenizer and not own:
         raise UserError("Train.tokenizer is not given: give it, or --tokenizer=tokenizer.json")
@@ -302,16 +393,9 @@ class Samples:
         from olmo_jax.generate import generate_text
         from olmo_jax.train.evaluate import Evaluation
 
+        options = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
         texts = [
-            generate_text(
-                model,
-                self.tokenizer,
-                prompt,
-                max_tokens=self.max_tokens,
-                temperature=0.8,
-                top_p=0.95,
-                seed=0,
-            )
+            "".join(generate_text(model, self.tokenizer, prompt, self.max_tokens, **options))
             for prompt in self.prompts
         ]
         return Evaluation({}, list(zip(self.prompts, texts, strict=True)))
@@ -328,27 +412,35 @@ def _samples(config: "RunConfig") -> list[Samples]:
 
 def _run_config(run: str) -> "RunConfig":
     """The configuration that a run folder keeps."""
-    import json
-
     from olmo_jax.train.config import RunConfig
 
     path = Path(run) / "config.json"
+    saved = _read_json(path)
     try:
-        return RunConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the folder of a run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        return RunConfig.from_json(saved)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _bindings(context: Context, allowed: bool = True) -> list[str]:
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: is not a JSON object, {{"name": …}}')
+    return content
+
+
+def _bindings(context: Context, arguments: Sequence[str], allowed: bool = True) -> list[str]:
     """The `--gin.…` among the arguments that typer does not know; all others are refused."""
     known = [name for parameter in context.command.params for name in parameter.opts]
-    known += ["--help", "--gin.Name.field=value"]
+    known = [name for name in known if name.startswith("--")]
+    known += ["--help", *["--gin.Name.field=value"][:allowed]]
     bindings = []
-    for argument in context.args:
+    for argument in arguments:
         if argument.startswith("--gin.") and allowed:
             bindings.append(argument.removeprefix("--gin."))
             continue

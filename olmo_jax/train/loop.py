@@ -119,6 +119,9 @@ class _Loop:
         """The files that explain the run to a reader; whole, and again at every start."""
         sources = self.dataset.table() if self.dataset else []
         data: dict[str, Any] = {"sources": sources, "fingerprint": self.fingerprint}
+        if self.folder.data_json.is_file():  # baselines, which `olmo-jax report` puts there, stay
+            kept = json.loads(self.folder.data_json.read_text())
+            data |= {name: kept[name] for name in ("baselines",) if name in kept}
         heldout = [h.table() for h in self.evaluators if isinstance(h, HeldOut)]
         data |= {"heldout": heldout[0] if heldout else []}
         for path, content in (

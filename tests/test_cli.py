@@ -1,0 +1,187 @@
+"""The command line: help is quick and light, mistakes are one line, commands do what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import olmo_jax.cli as cli
+from olmo_jax.config import load_config
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    ["train"],
+    ["fork"],
+    ["convert"],
+    ["report"],
+    ["models"],
+    ["data"],
+    ["data", "tokenizer"],
+    ["data", "tokenize"],
+    ["data", "inspect"],
+]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def in_a_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def error_of(arguments: list[str], capsys) -> str:
+    """The one line on stderr of a command that is refused."""
+    assert cli.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def test_the_package_imports_neither_jax_nor_its_rooms():
+    code = """
+import sys, olmo_jax
+print([m for m in sys.modules if m.startswith("olmo_jax.") or m.partition(".")[0] == "jax"])
+"""
+    assert in_a_new_process(code).strip() == "[]"
+
+
+def test_every_help_is_quick_and_imports_no_room():
+    code = f"""
+import contextlib, io, sys, time
+from olmo_jax.cli import run
+for command in {[[], *COMMANDS]}:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert run([*command, "--help"]) == 0
+    assert "Usage: " + " ".join(["olmo-jax", *command]) in text.getvalue(), text.getvalue()
+    assert command in ([], ["data"]) or "olmo-jax " + " ".join(command) + " " in (
+        text.getvalue().partition("Usage")[2].partition("\\n")[2].replace("\\n", " ")
+    ), "no example"
+print(time.process_time())
+heavy = {{"jax", "grain", "gin", "numpy"}} & set(sys.modules)
+rooms = {{m for m in sys.modules if m.startswith("olmo_jax.")}}
+rooms -= {{"olmo_jax.cli", "olmo_jax.errors"}}
+assert not heavy and not rooms, (heavy, rooms)
+"""
+    seconds = float(in_a_new_process(code))
+    assert seconds < 1.5  # all together; one takes 0.25 s here, start included
+
+
+def test_the_console_entry_settles_the_process_and_gives_the_status():
+    for arguments, status in (["--version"], 0), (["train", "--gin_flie=x"], 2):
+        done = subprocess.run(
+            [sys.executable, "-c", "from olmo_jax.cli import main; main()", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train --gin_flie=configs/demo.gin", "did you mean --gin_file?"),
+        ("train --dry_rum", "did you mean --dry_run?"),
+        ("train configs/demo.gin", "configs/demo.gin"),
+        ("train --gin.Optimzer.learning_rate=1", "did you mean Optimizer?"),
+        ("train --gin.Train.steps 5", "--gin.Name.field=value"),
+        ("train --gin_file=configs/dmo.gin", "did you mean demo.gin?"),
+        ("trian", "train"),
+        ("fork runs/demo", "fork --help"),
+        ("fork runs/none runs/new --step=x", "--step"),
+        ("fork runs/none runs/new", "runs/none"),
+        ("convert nowhere out", "nowhere"),
+        ("convert nowhere out --to=pt", "--to"),
+        ("report nowhere", "nowhere"),
+        ("data inspect 3", "run folder"),
+        ("data inspect nowhere 3", "nowhere/config.json"),
+        ("data inspect nowhere 3 --gin.Data.seed=1", "unknown option --gin.Data.seed=1"),
+        ("data inspect --gin_file=configs/demo.gin x", "number"),
+        ("data tokenizer missing.jsonl --out=x.json --vocab_size=300", "missing.jsonl"),
+        ("data tokenize missing.jsonl --out=x --tokenizer=missing.json", "missing.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(line, expected, capsys):
+    assert expected in error_of(line.split(), capsys)
+
+
+def test_an_interrupt_is_status_130(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("olmo_jax.report.report.write_report", interrupt)
+    assert cli.run(["report", "runs/demo"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def test_models_gives_the_exact_parameter_counts(capsys):
+    assert cli.run(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "olmo1_1b" in out and "1,176,764,416" in out and "32,234,279,936" in out
+
+
+def test_dry_run_prints_a_configuration_that_gives_the_same_again(tmp_path, capsys):
+    arguments = ["--gin_file=configs/demo.gin", "--gin.Optimizer.kind=adamw"]
+    assert cli.run(["train", *arguments, "--dry_run"]) == 0
+    gin, _, text = capsys.readouterr().out.partition("parameters:")
+    (tmp_path / "again.gin").write_text(gin)
+    again = load_config([str(tmp_path / "again.gin")])
+    assert again == load_config(["configs/demo.gin"], ["Optimizer.kind=adamw"])
+    assert f"{again.model.parameter_count():,}" in text
+
+
+@pytest.fixture
+def documents(tmp_path):
+    lines = [
+        {"id": f"d{k}", "text": f"The cat number {k} sat on the mat and ate. " * 20}
+        for k in range(20)
+    ]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_documents_become_token_files_that_inspect_reads_back(documents, tmp_path, capsys):
+    tokenizer = tmp_path / "tokenizer.json"
+    data = ["data", "tokenizer", str(documents), f"--out={tokenizer}", "--vocab_size=300"]
+    assert cli.run(data) == 0
+    out = f"--out={tmp_path / 'tokens'}"
+    assert cli.run(["data", "tokenize", str(documents), out, f"--tokenizer={tokenizer}"]) == 0
+    assert "20 documents" in capsys.readouterr().out
+    config = [
+        "--gin_file=configs/demo.gin",
+        f"--gin.Train.tokenizer={tokenizer}",
+        f"--gin.Data.paths=('{tmp_path}/tokens/*.npy',)",
+        "--gin.Data.sequence_length=64",
+    ]
+    assert cli.run(["data", "inspect", *config, "0"]) == 0
+    out = capsys.readouterr().out
+    assert "sat on the mat" in out and "documents.jsonl" in out
+
+    # The same from a run folder, which keeps configuration and tokenizer.
+    run = load_config(["configs/demo.gin"], [c.removeprefix("--gin.") for c in config[1:]])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(run.as_json()))
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    assert cli.run(["data", "inspect", str(folder), "0"]) == 0
+    assert capsys.readouterr().out == out
