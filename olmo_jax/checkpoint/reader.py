@@ -219,7 +219,9 @@ class CheckpointReader:
             )
 
 
-def find_checkpoint(path: str | Path, step: int | None = None) -> tuple[CheckpointReader, int] | None:
+def find_checkpoint(
+    path: str | Path, step: int | None = None
+) -> tuple[CheckpointReader, int] | None:
     """The checkpoint that a path means: a run folder's newest complete one (or that of `step`), or
     the folder of one checkpoint. None when the path is neither. Raises UserError for an empty run.
     """

@@ -101,7 +101,7 @@ class Attention(nnx.Module):
 
         self.q_norm = norm(heads, "heads") if config.qk_norm else None
         self.k_norm = norm(kv, "kv_heads") if config.qk_norm else None
-        self.head_width, self.clip = c, config.clip_qkv
+        self.head_width, self.clip, self.form = c, config.clip_qkv, kernels.attention
 
     def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
         """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         q_BTHC, k_BTKC = rotate(q_BTHC, rope), rotate(k_BTKC, rope)
         if cache is None:
             kv = k_BTKC, v_BTKC
-            out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask)
+            out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask, self.form)
         else:
             at = (0, 0, mask.offset, 0)
             kv = tuple(

@@ -107,8 +107,13 @@ class Transformer(nnx.Module):
 
         if self.config.remat != "none":
             group = jax.checkpoint(group, policy=_REMAT_POLICIES[self.config.remat])
-        grouped = jax.tree.map(lambda a: a.reshape(-1, len(pattern), *a.shape[1:]), weights)
-        x_BTD, _ = jax.lax.scan(group, self.embedded(tokens_BT), grouped)
+        x_BTD = self.embedded(tokens_BT)
+        if self.kernels.layers == "unrolled":
+            for group_weights in _unstacked(weights, len(pattern)):
+                x_BTD, _ = group(x_BTD, group_weights)
+        else:
+            grouped = jax.tree.map(lambda a: a.reshape(-1, len(pattern), *a.shape[1:]), weights)
+            x_BTD, _ = jax.lax.scan(group, x_BTD, grouped)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD) -> jax.Array:
@@ -123,6 +128,14 @@ class Transformer(nnx.Module):
         0, 1, 2, … where not given.
         """
         return self.logits(self.hidden(tokens_BT, segment_ids, positions))
+
+
+def _unstacked(weights, size: int) -> list:
+    """Stacked weights as a list of groups of `size` layers, by one split whose gradient is one
+    concatenation (that of indexing would add up as many whole stacks as there are layers)."""
+    leaves, structure = jax.tree.flatten(weights)
+    parts = [jax.lax.split(a, [size] * (a.shape[0] // size)) for a in leaves]
+    return [jax.tree.unflatten(structure, group) for group in zip(*parts, strict=True)]
 
 
 def init(model: str | ModelConfig, seed: int = 0, kernels: Kernels | None = None) -> Transformer:

@@ -4,9 +4,12 @@ A mask is data: `AttentionMask` says what may be seen, and each form turns it in
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+_NEVER = -1e30  # not -inf: a difference of two would be NaN
 
 
 @dataclass(frozen=True)
@@ -22,43 +25,132 @@ class AttentionMask:
     segment_ids_BT: jax.Array | None = None
     offset: jax.Array | int = 0
 
-    def allowed(self, n_queries: int, n_keys: int) -> jax.Array:
-        """What each query may see, boolean, (T, S) or, with segments, (B, 1, 1, T, S)."""
-        q_T1 = jnp.arange(n_queries)[:, None] + self.offset
-        k_1S = jnp.arange(n_keys)[None, :]
-        allowed = k_1S <= q_T1
-        if self.window:
-            allowed &= q_T1 - k_1S < self.window
-        if self.segment_ids_BT is not None:
-            ids = self.segment_ids_BT
-            same_BTS = ids[:, :, None] == ids[:, None, :]
-            allowed = (allowed & same_BTS)[:, None, None]
-        return allowed
-
 
 def attention(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask: AttentionMask
+    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask: AttentionMask, form: str
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v, as BTHC in v's type; scores and softmax in float32.
 
-    H must be a multiple of K: query head h reads key head h // (H / K).
+    H must be a multiple of K: query head h reads key head h // (H / K). T = S and mask.offset = 0.
+    form is `Kernels.attention`.
     """
     # (B, H, T, C) layout: XLA:CPU runs P·V at about twice the rate of (B, T, H, C).
     k_BKSC, v_BKSC = k_BSKC.swapaxes(1, 2), v_BSKC.swapaxes(1, 2)
-    return attention_cached(q_BTHC, k_BKSC, v_BKSC, mask)
+    if form == "reference":
+        return attention_cached(q_BTHC, k_BKSC, v_BKSC, mask)
+    B, T, H, C = q_BTHC.shape
+    K = k_BKSC.shape[1]
+    q_BKGTC = q_BTHC.swapaxes(1, 2).reshape(B, K, H // K, T, C)
+    out_BKGTC = _blocked(q_BKGTC, k_BKSC, v_BKSC, mask.segment_ids_BT, mask.window)
+    return out_BKGTC.reshape(B, H, T, C).swapaxes(1, 2)
 
 
 def attention_cached(
     q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    """`attention` for keys and values that lie in the cache's layout, heads before positions."""
+    """The reference form; keys and values lie in the cache's layout, heads before positions."""
     B, T, H, C = q_BTHC.shape
     K, S = k_BKSC.shape[1:3]
     q_BKGTC = q_BTHC.swapaxes(1, 2).reshape(B, K, H // K, T, C)
-    scores_BKGTS = jnp.einsum(
-        "bkgtc,bksc->bkgts", q_BKGTC * C**-0.5, k_BKSC, preferred_element_type=jnp.float32
-    )
-    allowed = mask.allowed(T, S)
-    weights_BKGTS = jax.nn.softmax(jnp.where(allowed, scores_BKGTS, -1e30), axis=-1)
-    out_BKGTC = jnp.einsum("bkgts,bksc->bkgtc", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC)
+    allowed = _allowed(mask, 0, T, 0, S)
+    weights = jax.nn.softmax(_scores(q_BKGTC, k_BKSC, allowed), axis=-1)
+    out_BKGTC = jnp.einsum("bkgts,bksc->bkgtc", weights.astype(v_BKSC.dtype), v_BKSC)
     return out_BKGTC.reshape(B, H, T, C).swapaxes(1, 2)
+
+
+def _allowed(mask: AttentionMask, t0: int, t1: int, s0: int, s1: int) -> jax.Array:
+    """What queries [t0, t1) may see of keys [s0, s1): (T, S) or, with segments, (B, 1, 1, T, S)."""
+    q_T1 = jnp.arange(t0, t1)[:, None] + mask.offset
+    k_1S = jnp.arange(s0, s1)[None, :]
+    allowed = k_1S <= q_T1
+    if mask.window:
+        allowed &= q_T1 - k_1S < mask.window
+    if mask.segment_ids_BT is not None:
+        ids = mask.segment_ids_BT
+        same_BTS = ids[:, t0:t1, None] == ids[:, None, s0:s1]
+        allowed = (allowed & same_BTS)[:, None, None]
+    return allowed
+
+
+def _scores(q_BKGTC, k_BKSC, allowed) -> jax.Array:
+    """float32 scores, (B, K, G, T, S), what is not allowed at `_NEVER`."""
+    q_BKGTC = q_BKGTC * q_BKGTC.shape[-1] ** -0.5
+    scores = jnp.einsum("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
+    return jnp.where(allowed, scores, _NEVER)
+
+
+# --- the blocked form ---------------------------------------------------------------------------
+#
+# Queries in at most 8 blocks, each against only the keys that it can see, so that the part above
+# the diagonal (and outside a window) is neither computed nor stored; the backward pass makes the
+# weights again instead of keeping (T, S) arrays for every layer, and takes the softmax's inner sum
+# over C instead of S (FlashAttention, Dao et al. 2022).
+
+
+def _blocks(T: int, window: int) -> list[tuple[slice, slice]]:
+    """For each block of queries: its rows, and the keys that any of them may see."""
+    size = max(128, -(-T // 8))
+    out = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        first = max(0, start - window + 1) if window else 0
+        out.append((slice(start, stop), slice(first, stop)))
+    return out
+
+
+def _block_scores(q_BKGTC, k_BKSC, mask: AttentionMask, rows: slice, keys: slice):
+    allowed = _allowed(mask, rows.start, rows.stop, keys.start, keys.stop)
+    return _scores(q_BKGTC[..., rows, :], k_BKSC[:, :, keys], allowed)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window: int):
+    return _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window)[0]
+
+
+def _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window):
+    mask = AttentionMask(window, segment_ids_BT)
+    outs, log_sums = [], []
+    for rows, keys in _blocks(q_BKGTC.shape[3], window):
+        scores = _block_scores(q_BKGTC, k_BKSC, mask, rows, keys)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        v = v_BKSC[:, :, keys]
+        out = jnp.einsum("bkgts,bksc->bkgtc", weights.astype(v.dtype), v)
+        outs.append((out / total).astype(v.dtype))
+        log_sums.append(largest + jnp.log(total))
+    out_BKGTC = jnp.concatenate(outs, axis=3)
+    log_sum_BKGT1 = jnp.concatenate(log_sums, axis=3)
+    return out_BKGTC, (q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, out_BKGTC, log_sum_BKGT1)
+
+
+def _blocked_backward(window, saved, d_out_BKGTC):
+    q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, out_BKGTC, log_sum_BKGT1 = saved
+    mask = AttentionMask(window, segment_ids_BT)
+    dtype, f32 = v_BKSC.dtype, jnp.float32
+    inner_BKGT1 = jnp.sum(d_out_BKGTC.astype(f32) * out_BKGTC.astype(f32), axis=-1, keepdims=True)
+    dqs = []
+    dk_BKSC, dv_BKSC = jnp.zeros(k_BKSC.shape, f32), jnp.zeros(v_BKSC.shape, f32)
+    scale = q_BKGTC.shape[-1] ** -0.5
+    for rows, keys in _blocks(q_BKGTC.shape[3], window):
+        scores = _block_scores(q_BKGTC, k_BKSC, mask, rows, keys)
+        weights = jnp.exp(scores - log_sum_BKGT1[..., rows, :])
+        d_out = d_out_BKGTC[..., rows, :]
+        d_weights = jnp.einsum(
+            "bkgtc,bksc->bkgts", d_out, v_BKSC[:, :, keys], preferred_element_type=f32
+        )
+        d_scores = (weights * (d_weights - inner_BKGT1[..., rows, :]) * scale).astype(dtype)
+        dqs.append(jnp.einsum("bkgts,bksc->bkgtc", d_scores, k_BKSC[:, :, keys]))
+        dk = jnp.einsum(
+            "bkgts,bkgtc->bksc", d_scores, q_BKGTC[..., rows, :], preferred_element_type=f32
+        )
+        dv = jnp.einsum(
+            "bkgts,bkgtc->bksc", weights.astype(dtype), d_out, preferred_element_type=f32
+        )
+        dk_BKSC, dv_BKSC = dk_BKSC.at[:, :, keys].add(dk), dv_BKSC.at[:, :, keys].add(dv)
+    dq_BKGTC = jnp.concatenate(dqs, axis=3)
+    return dq_BKGTC.astype(dtype), dk_BKSC.astype(dtype), dv_BKSC.astype(dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)

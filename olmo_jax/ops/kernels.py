@@ -12,11 +12,14 @@ from typing import Literal
 class Kernels:
     """The chosen forms. `notes` says, for a person, why a faster one was not taken."""
 
-    linear: Literal["flat", "kept"] = "flat"
+    linear: Literal["flat", "kept"] = "kept"
     """"flat" folds batch and time into one axis before a product; "kept" leaves axes apart."""
-    attention: Literal["xla"] = "xla"
-    """"xla": einsum, softmax, einsum, with the (T, S) scores in memory."""
-    cross_entropy_tokens: int = 512
+    attention: Literal["blocked", "reference"] = "blocked"
+    """"blocked": only what the mask can show, a block of queries at a time; "reference": einsum,
+    softmax, einsum, with the whole (T, S) scores in memory."""
+    layers: Literal["scanned", "unrolled"] = "scanned"
+    """"scanned" compiles one layer and runs it L times; "unrolled" compiles them all."""
+    cross_entropy_tokens: int = 2048
     """Tokens whose logits exist at once in the fused head and loss."""
     notes: tuple[str, ...] = ()
 
@@ -24,9 +27,5 @@ class Kernels:
 def pick_kernels(platform: str) -> Kernels:
     """The forms for a platform ("cpu", "gpu", "cuda", "tpu"), as `mesh.devices[...].platform`."""
     if platform == "cpu":
-        return Kernels()
-    return Kernels(
-        linear="kept",
-        cross_entropy_tokens=2048,
-        notes=(f"attention: no fused form for {platform} yet, taking the XLA form",),
-    )
+        return Kernels(linear="flat", layers="unrolled", cross_entropy_tokens=1024)
+    return Kernels(notes=(f"attention: no fused form for {platform} yet, taking the blocked form",))
