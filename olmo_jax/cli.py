@@ -3,19 +3,19 @@
 `olmo-jax --help` imports neither jax nor a room; a UserError becomes `error: …` and status 2.
 """
 
-import difflib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Context, Option
 
+from olmo_jax import cli_data
+from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,23 +34,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-data = typer.Typer(
-    help="Make tokenizers and token files; look at training instances.", no_args_is_help=True
-)
-app.add_typer(data, name="data")
-
-# `--gin.Name.field=value` is an unknown option to typer; `_bindings` reads what is left over.
-_GIN = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-GinFiles = Annotated[
-    list[str] | None,
-    Option(
-        "--gin_file", metavar="FILE", help="A gin file; give it again for more, the later one wins."
-    ),
-]
-AllowGinImports = Annotated[
-    bool, Option("--allow_gin_imports", help="Run `import` lines in gin files: they are code.")
-]
+app.add_typer(cli_data.app, name="data")
 
 
 def main() -> None:
@@ -93,7 +77,7 @@ def _root(
         raise typer.Exit()
 
 
-@app.command(context_settings=_GIN)
+@app.command(context_settings=GIN)
 def train(
     context: Context,
     gin_file: GinFiles = None,
@@ -115,15 +99,14 @@ def train(
     """
     from olmo_jax.config import load_config, to_gin
 
-    config = load_config(gin_file or [], _bindings(context, context.args), allow_gin_imports)
+    config = load_config(gin_file or [], bindings(context, context.args), allow_gin_imports)
     if dry_run:
         from olmo_jax.train.dry_run import describe
 
         print(to_gin(config), describe(config), sep="\n")
         return
-    from olmo_jax.train.loop import train
-
     from olmo_jax.report.report import write_report
+    from olmo_jax.train.loop import train
 
     status = train(config, to_gin(config), evaluators=_samples(config))
     print(f"report: {write_report(config.train.run_dir)}")
@@ -175,8 +158,8 @@ def convert(
     """
     from olmo_jax.convert.export import convert
 
-    with _progress("writing") as progress:
-        convert(source, target, to, dtype=dtype, step=step, progress=progress)
+    with progress("writing") as advance:
+        convert(source, target, to, dtype=dtype, step=step, progress=advance)
     print(f"{target}: written; AutoModelForCausalLM.from_pretrained({target!r}) loads it")
 
 
@@ -240,7 +223,7 @@ def report(
         from olmo_jax.data.token_files import write_atomically
 
         path = Path(run) / "data.json"
-        kept = _read_json(path) | {"baselines": _read_json(Path(baselines))}
+        kept = read_json(path) | {"baselines": read_json(Path(baselines))}
         write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
     print(write_report(run))
 
@@ -270,114 +253,7 @@ def models() -> None:
     Console().print(table)
 
 
-# --- data ---------------------------------------------------------------------------------------
-
-Documents = Annotated[list[str], Argument(help="Documents as JSONL, also .gz or .zst.")]
-
-
-@data.command("tokenizer")
-def data_tokenizer(
-    files: Documents,
-    out: Annotated[str, Option("--out", help="The tokenizer.json to write.")],
-    vocab_size: Annotated[int, Option("--vocab_size", help="Entries of the vocabulary.")],
-) -> None:
-    """Train a byte-level BPE tokenizer on documents.
-
-    ```
-    olmo-jax data tokenizer train.jsonl --out=tokenizer.json --vocab_size=2048
-    ```
-    """
-    from olmo_jax.data.tokenizer import train_tokenizer
-
-    with _progress("reading") as progress:
-        tokenizer = train_tokenizer(files, out, vocab_size, progress)
-    print(f"{out}: {tokenizer.get_vocab_size():,} tokens")
-
-
-@data.command("tokenize")
-def data_tokenize(
-    files: Documents,
-    out: Annotated[str, Option("--out", help="A new folder for the token files.")],
-    tokenizer: Annotated[str, Option("--tokenizer", help="A tokenizer.json or its folder.")],
-    eos_token: Annotated[
-        str, Option("--eos_token", help="The token that ends each document.")
-    ] = "<|endoftext|>",
-    keep_whitespace: Annotated[
-        bool, Option("--keep_whitespace", help="Do not strip documents.")
-    ] = False,
-    max_tokens_per_file: Annotated[
-        int, Option("--max_tokens_per_file", help="Start a new file beyond this.")
-    ] = 1 << 26,
-) -> None:
-    """Turn documents into token files (.npy, with their documents in .csv.gz).
-
-    ```
-    olmo-jax data tokenize train.jsonl --out=data/train --tokenizer=tokenizer.json
-    ```
-    """
-    from olmo_jax.data.tokenize import tokenize_documents
-
-    with _progress("tokenizing") as progress:
-        done = tokenize_documents(
-            files,
-            out,
-            tokenizer,
-            eos_token=eos_token,
-            strip=not keep_whitespace,
-            max_tokens_per_file=max_tokens_per_file,
-            progress=progress,
-        )
-    print(
-        f"{out}: {done.tokens:,} tokens of {done.documents:,} documents in {len(done.files)} files"
-        f" of {done.files[0].dtype} ({done.skipped:,} empty documents skipped); "
-        f"Data.eos_token_id = {done.eos_token_id}"
-    )
-
-
-@data.command("inspect", context_settings=_GIN)
-def data_inspect(
-    context: Context,
-    what: Annotated[
-        list[str], Argument(metavar="[RUN] N", help="A run folder (or --gin_file), and which.")
-    ],
-    gin_file: GinFiles = None,
-    tokenizer: Annotated[
-        str | None, Option("--tokenizer", help="Instead of the run's Train.tokenizer.")
-    ] = None,
-    allow_gin_imports: AllowGinImports = False,
-) -> None:
-    """Print the N-th instance that training consumes (from 0) as text, with its documents.
-
-    ```
-    olmo-jax data inspect runs/demo 0
-    olmo-jax data inspect --gin_file=configs/demo.gin 41
-    ```
-    """
-    from olmo_jax.data import open_dataset
-    from olmo_jax.data.inspect import describe_instance
-
-    options = [argument for argument in (*what, *context.args) if argument.startswith("-")]
-    *run, n = [argument for argument in what if argument not in options] or [""]
-    if not n.isdecimal() or len(run) != (not gin_file):
-        raise UserError(
-            f"data inspect {' '.join([*run, n])}: give a run folder and a number, or --gin_file "
-            "and a number: olmo-jax data inspect runs/demo 0"
-        )
-    if run:
-        _bindings(context, options, allowed=False)
-        config, own = _run_config(run[0]), os.path.join(run[0], "tokenizer.json")
-    else:
-        from olmo_jax.config import load_config
-
-        config = load_config(gin_file or [], _bindings(context, options), allow_gin_imports)
-        own = config.train.tokenizer or ""
-    if not tokenizer and not own:
-        raise UserError("Train.tokenizer is not given: give it, or --tokenizer=tokenizer.json")
-    dataset = open_dataset(config.data, config.model.vocab_size)
-    print(describe_instance(dataset, int(n), tokenizer or own))
-
-
-# --- what commands share ------------------------------------------------------------------------
+# --- samples in the loop --------------------------------------------------------------------------
 
 
 class Samples:
@@ -408,59 +284,6 @@ def _samples(config: "RunConfig") -> list[Samples]:
     if train.tokenizer is None:
         raise UserError("Train.sample_prompts is given and Train.tokenizer is not: give both")
     return [Samples(train.sample_prompts, train.sample_tokens, train.tokenizer)]
-
-
-def _run_config(run: str) -> "RunConfig":
-    """The configuration that a run folder keeps."""
-    from olmo_jax.train.config import RunConfig
-
-    path = Path(run) / "config.json"
-    saved = _read_json(path)
-    try:
-        return RunConfig.from_json(saved)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path}: is not a JSON object, {{"name": …}}')
-    return content
-
-
-def _bindings(context: Context, arguments: Sequence[str], allowed: bool = True) -> list[str]:
-    """The `--gin.…` among the arguments that typer does not know; all others are refused."""
-    known = [name for parameter in context.command.params for name in parameter.opts]
-    known = [name for name in known if name.startswith("--")]
-    known += ["--help", *["--gin.Name.field=value"][:allowed]]
-    bindings = []
-    for argument in arguments:
-        if argument.startswith("--gin.") and allowed:
-            bindings.append(argument.removeprefix("--gin."))
-            continue
-        near = difflib.get_close_matches(argument.partition("=")[0], known, n=1)
-        hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-        raise UserError(f"unknown option {argument}{hint}")
-    return bindings
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for the (bytes done, of how many) that rooms report."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_error(message: str) -> None:

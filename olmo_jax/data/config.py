@@ -81,10 +81,8 @@ class DataConfig:
         _require(self.prefetch >= 1, "prefetch must be at least 1")
         _require(self.seed >= 0, "seed must be 0 or more")
         _require(
-            bool(self.paths) != bool(self.sources),
-            "give either paths (one set of files) or sources with weights (a mixture), not both"
-            if self.paths
-            else "no data: give paths (token files or globs), or sources with weights",
+            not (self.paths and self.sources),
+            "give either paths (one set of files) or sources with weights (a mixture), not both",
         )
         self._check_sources()
         steps = [step for step, _ in self.batch_size_schedule]

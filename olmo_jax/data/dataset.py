@@ -69,6 +69,10 @@ def open_dataset(
     `progress(done, total)` counts files. Raises UserError, naming the file and where in it, for
     anything wrong with them.
     """
+    if not config.paths and not config.sources:
+        raise UserError(
+            "no data: give Data.paths (token files or globs), or Data.sources with Data.weights"
+        )
     dtype = config.dtype or smallest_dtype(vocab_size)
     if config.eos_token_id is not None and not 0 <= config.eos_token_id < vocab_size:
         raise UserError(
