@@ -186,11 +186,10 @@ def generate(
     ```
     """
     from olmo_jax.convert.load import load, load_tokenizer
-    from olmo_jax.generate import generate_text
+    from olmo_jax.generate import Sampling, generate_text
 
-    tokenizer = load_tokenizer(model)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    pieces = generate_text(load(model), tokenizer, prompt, max_tokens, **options)
+    tokenizer, sampling = load_tokenizer(model), Sampling(temperature, top_k, top_p)
+    pieces = generate_text(load(model), tokenizer, prompt, max_tokens, sampling, seed=seed)
     print(prompt, end="", flush=True)
     text, start = [], 0.0
     for piece in pieces:
@@ -266,15 +265,14 @@ class Samples:
         self.tokenizer = load_tokenizer(tokenizer_path)
 
     def __call__(self, model, step: int) -> "Evaluation":
-        from olmo_jax.generate import generate_text
+        from olmo_jax.generate import Sampling, generate_text
         from olmo_jax.train.evaluate import Evaluation
 
-        options = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
-        texts = [
-            "".join(generate_text(model, self.tokenizer, prompt, self.max_tokens, **options))
-            for prompt in self.prompts
-        ]
-        return Evaluation({}, list(zip(self.prompts, texts, strict=True)))
+        samples, sampling = [], Sampling(temperature=0.8, top_p=0.95)
+        for prompt in self.prompts:
+            pieces = generate_text(model, self.tokenizer, prompt, self.max_tokens, sampling)
+            samples.append((prompt, "".join(pieces)))
+        return Evaluation({}, samples)
 
 
 def _samples(config: "RunConfig") -> list[Samples]:
@@ -293,3 +291,11 @@ def _print_error(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True)
     for line in message.splitlines():
         console.print(Text.assemble(("error: ", "bold red"), line))
+
+
+if __name__ == "__main__":
+    main()
+
+
+if __name__ == "__main__":  # python -m olmo_jax.cli
+    main()

@@ -9,12 +9,14 @@ import pytest
 
 import olmo_jax.cli as cli
 from olmo_jax.config import load_config
+from olmo_jax.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     ["train"],
     ["fork"],
     ["convert"],
+    ["generate"],
     ["report"],
     ["models"],
     ["data"],
@@ -108,7 +110,10 @@ def test_the_console_entry_settles_the_process_and_gives_the_status():
         ("fork runs/none runs/new", "runs/none"),
         ("convert nowhere out", "nowhere"),
         ("convert nowhere out --to=pt", "--to"),
+        ("generate nowhere", "nowhere"),
+        ("generate nowhere --max_token=3", "--max_tokens"),
         ("report nowhere", "nowhere"),
+        ("report nowhere --baselines=b.json", "nowhere/data.json"),
         ("data inspect 3", "run folder"),
         ("data inspect nowhere 3", "nowhere/config.json"),
         ("data inspect nowhere 3 --gin.Data.seed=1", "unknown option --gin.Data.seed=1"),
@@ -160,28 +165,73 @@ def documents(tmp_path):
     return path
 
 
-def test_documents_become_token_files_that_inspect_reads_back(documents, tmp_path, capsys):
+@pytest.fixture
+def tokens(documents, tmp_path):
+    """--gin arguments for a tiny model on tiny token files."""
     tokenizer = tmp_path / "tokenizer.json"
-    data = ["data", "tokenizer", str(documents), f"--out={tokenizer}", "--vocab_size=300"]
-    assert cli.run(data) == 0
+    command = ["data", "tokenizer", str(documents), f"--out={tokenizer}", "--vocab_size=300"]
+    assert cli.run(command) == 0
     out = f"--out={tmp_path / 'tokens'}"
     assert cli.run(["data", "tokenize", str(documents), out, f"--tokenizer={tokenizer}"]) == 0
-    assert "20 documents" in capsys.readouterr().out
-    config = [
+    return [
         "--gin_file=configs/demo.gin",
         f"--gin.Train.tokenizer={tokenizer}",
         f"--gin.Data.paths=('{tmp_path}/tokens/*.npy',)",
-        "--gin.Data.sequence_length=64",
+        f"--gin.Train.heldout=('{tmp_path}/tokens/*.npy',)",
+        "--gin.VOCAB=512",
+        "--gin.SEQUENCE=64",
+        "--gin.Model.n_layers=2",
+        "--gin.Model.d_model=32",
+        "--gin.Model.mlp_width=64",
+        "--gin.Train.steps=4",
+        "--gin.Train.sample_tokens=5",
     ]
-    assert cli.run(["data", "inspect", *config, "0"]) == 0
-    out = capsys.readouterr().out
+
+
+def test_inspect_reads_documents_back_from_a_configuration_and_from_a_run(tokens, tmp_path, capfd):
+    capfd.readouterr()
+    assert cli.run(["data", "inspect", *tokens, "0"]) == 0
+    out = capfd.readouterr().out
     assert "sat on the mat" in out and "documents.jsonl" in out
 
-    # The same from a run folder, which keeps configuration and tokenizer.
-    run = load_config(["configs/demo.gin"], [c.removeprefix("--gin.") for c in config[1:]])
+    # A run folder keeps its configuration and its tokenizer.
+    run = load_config([tokens[0].partition("=")[2]], [t.removeprefix("--gin.") for t in tokens[1:]])
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(run.as_json()))
-    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (folder / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
     assert cli.run(["data", "inspect", str(folder), "0"]) == 0
-    assert capsys.readouterr().out == out
+    assert capfd.readouterr().out == out
+
+
+def test_train_fork_convert_generate_report(tokens, tmp_path, capfd):
+    run, forked, exported = (str(tmp_path / name) for name in ("run", "forked", "hf"))
+    assert cli.run(["train", *tokens, f"--gin.Train.run_dir={run}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert any("heldout/bits_per_byte" in row for row in rows)
+    samples = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in samples][:1] == ["**MACBETH**  \n"]
+    # What the folder keeps is the configuration that ran.
+    kept = load_config([f"{run}/config.gin"])
+    assert RunConfig.from_json(json.loads((tmp_path / "run/config.json").read_text())) == kept
+    assert kept.train.run_dir == run and kept.model.vocab_size == 512
+
+    assert cli.run(["fork", run, forked]) == 0
+    changed = [f"--gin.Train.run_dir={forked}", "--gin.Train.steps=5", "--gin.Data.seed=3"]
+    assert cli.run(["train", *tokens, *changed]) == 0
+    assert cli.run(["convert", run, exported, "--to=hf"]) == 0
+    capfd.readouterr()
+    texts = []
+    for model in (run, exported):
+        options = ["--prompt=The cat", "--max_tokens=8", "--temperature=0"]
+        assert cli.run(["generate", model, *options]) == 0
+        out, err = capfd.readouterr()
+        assert out.startswith("The cat") and "tokens/s" in err
+        texts.append(out)
+    assert texts[0] == texts[1]
+
+    (tmp_path / "b.json").write_text('{"somebody else": 1.25}')
+    assert cli.run(["report", run, f"--baselines={tmp_path / 'b.json'}"]) == 0
+    assert capfd.readouterr().out.strip() == f"{run}/report.html"
+    assert "somebody else" in (tmp_path / "run/report.html").read_text()

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -59,9 +59,9 @@ def convert(
 
 def _planned(source: Source) -> Iterator[Planned]:
     config = source.config
-    flat = parameters(abstract_model(config))
+    weights = parameters(abstract_model(config))
     for row in rows_of(config, architecture_of(config)):
-        node = flat
+        node: Any = weights
         for key in row.ours.split("."):
             node = node[key]
         shape = node.shape[1:] if row.stacked else node.shape
@@ -78,8 +78,9 @@ def _reader(source: Source, row: Row, layer: int | None):
     return read
 
 
-def _small_files(source: Source, dtype: str) -> dict[str, dict | bytes]:
-    eos, pad, files = source.eos_token_id, None, {}
+def _small_files(source: Source, dtype: str) -> dict[str, Any]:
+    eos, pad = source.eos_token_id, None
+    files: dict[str, Any] = {}
     if source.tokenizer_json is not None:
         tokenizer = Tokenizer.from_buffer(source.tokenizer_json)
         if eos is None:

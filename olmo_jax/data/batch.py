@@ -27,10 +27,11 @@ class Batch(NamedTuple):
     """int32; 0 where there is padding."""
     targets_BT: np.ndarray
     """int32; the next token; 0 at the last position, which has none."""
-    segment_ids_BT: np.ndarray
-    """int32; documents of the row counted from 1 under document masking, else 1; 0 = padding."""
-    positions_BT: np.ndarray
-    """int32; from 0, restarting at each document under document masking."""
+    segment_ids_BT: np.ndarray | None
+    """int32; documents of the row counted from 1 under document masking, else 1; 0 = padding. None:
+    one document a row."""
+    positions_BT: np.ndarray | None
+    """int32; from 0, restarting at each document under document masking. None: 0, 1, 2, …"""
     loss_mask_BT: np.ndarray
     """bool; False where there is no target, where it is padding, and in filtered instances."""
     instance_ids_B: np.ndarray | None

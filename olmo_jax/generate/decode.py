@@ -26,19 +26,18 @@ def generate(
     model: Transformer,
     prompt_ids: Sequence[int],
     max_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
     """The ids that follow a prompt, as they come: at most max_tokens, ending before eos_id.
 
+    Greedy without a `sampling`.
+
     Raises UserError for an empty prompt, an id outside the vocabulary, or more tokens than the
     model's context holds.
     """
-    sampling = Sampling(temperature, top_k, top_p)
     config, n = model.config, len(prompt_ids)
     if not n:
         raise UserError("the prompt has no tokens: give at least one (an eos begins a document)")
@@ -52,7 +51,7 @@ def generate(
             f"{config.context_length}: give a shorter prompt or at most "
             f"{max(0, config.context_length - n)} tokens"
         )
-    return _generate(model, list(prompt_ids), max_tokens, sampling, seed, eos_id)
+    return _generate(model, list(prompt_ids), max_tokens, sampling or Sampling(), seed, eos_id)
 
 
 def _generate(model, prompt_ids, max_tokens, sampling, seed, eos_id) -> Iterator[int]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Tokenizer
 
 from olmo_jax.generate.decode import generate
+from olmo_jax.generate.sampling import Sampling
 from olmo_jax.model.transformer import Transformer
 
 _EOS = "<|endoftext|>"
@@ -15,10 +16,8 @@ def generate_text(
     tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
     """What follows a prompt (an empty one begins a document), piece by piece, up to an eos.
@@ -29,8 +28,7 @@ def generate_text(
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids and eos is not None:
         ids = [eos]
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return _pieces(tokenizer, generate(model, ids, max_tokens, eos_id=eos, **options))
+    return _pieces(tokenizer, generate(model, ids, max_tokens, sampling, seed=seed, eos_id=eos))
 
 
 def _pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""`ModelConfig`: an architecture as a flat set of choices, able to describe every released family.
+"""`ModelConfig`: an architecture as a flat set of choices; it can describe every released family.
 
-A family is never named in the model's code: OLMo 2 *is* "RMSNorm on the outputs, q/k norm, theta 5e5".
+A family is never named in the model's code: OLMo 2 *is* "RMSNorm on the outputs, q/k norm, theta
+5e5".
 """
 
 from typing import Literal
@@ -60,7 +61,7 @@ class ModelConfig:
     rope_fraction: float = 1.0
     """Share of each head that is rotated (Pythia: 0.25)."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How rotary frequencies are stretched beyond the original context, on full-attention layers."""
+    """How full-attention layers stretch rotary frequencies beyond the original context."""
     rope_factor: float = 1.0
     """Stretch of the context (OLMo 3's long-context stage: 8)."""
     rope_original_context: int | None = None

@@ -40,5 +40,5 @@ def output_std(kind: str, init_std: float, fan_in: int, n_layers: int) -> list[f
 
 
 def input_std(kind: str, init_std: float, d_model: int) -> float:
-    """Standard deviation of the embedding, the head, and the projections from the residual stream."""
+    """Standard deviation of embedding, head, and projections from the residual stream."""
     return 1 / math.sqrt(d_model) if kind == "mitchell" else init_std

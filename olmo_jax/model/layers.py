@@ -119,10 +119,11 @@ class Attention(nnx.Module):
             out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask, self.form)
         else:
             at = (0, 0, mask.offset, 0)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), at)
-                for old, new in zip(cache, (k_BTKC, v_BTKC), strict=True)
-            )
+
+            def write(old, new):
+                return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), at)
+
+            kv = write(cache[0], k_BTKC), write(cache[1], v_BTKC)
             out_BTHC = attention_cached(q_BTHC, *kv, mask)
         out_BTHC = checkpoint_name(out_BTHC, "context")
         return self.out(out_BTHC.reshape(B, T, -1)), kv

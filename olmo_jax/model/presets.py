@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 
 
 def _olmo1(**choices) -> ModelConfig:
-    fields = dict(
+    fields: dict[str, Any] = dict(
         vocab_size=50280,
         embedding_rows=50304,
         context_length=2048,
@@ -83,7 +84,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration of a released model, by its name in PRESETS; UserError names the nearest."""
+    """The configuration of a released model by name; UserError names the nearest."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -24,7 +24,7 @@ def cross_entropy(
     """(total, (cross_entropy, z_loss)): float32 scalars, sums over tokens times their weights.
 
     weights_BT is the loss mask divided by the global number of counted labels, so that sums over
-    micro-batches and devices are the global mean. total = cross_entropy + z_loss; only total carries
+    micro-batches and devices are the global mean. total = cross_entropy + z_loss; only it carries
     gradients, to x and w. z_loss is weight · log(Z)² (PaLM, section 5). chunk_tokens bounds the
     tokens whose logits exist at once.
     """
@@ -33,7 +33,7 @@ def cross_entropy(
 
 
 def _run(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk_tokens, with_gradient: bool):
-    """Loss and, if asked, its gradients. Chunks run along T, so that a sharded B stays where it is."""
+    """Loss and, if asked, its gradients. Chunks run along T, so a sharded B stays where it is."""
     B, T, D = x_BTD.shape
     V = w_DV.shape[1]
     n_chunks = max(1, -(-B * T // chunk_tokens))

@@ -188,6 +188,7 @@ class _Loop:
         progress: Progress,
     ) -> int:
         """Dispatches each step before it fetches the metrics of the one before."""
+        assert self.dataset is not None
         batches = load_batches(self.dataset, first, end, jax.process_index(), jax.process_count())
         if self.checkpointer.should_save(0) and first == 0:
             self._save(0, state, writer)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -38,7 +39,7 @@ class TrainState(NamedTuple):
 
 
 def loss_function(
-    model: Transformer, batch: Batch, weights_BT: jax.Array, z_loss: float
+    model: Transformer, batch: Batch, weights_BT: jax.Array | np.ndarray, z_loss: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """(total, (cross_entropy, z_loss)), each a weighted sum over tokens."""
     x_BTD = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
@@ -105,7 +106,7 @@ class Trainer:
             skip=SkipState.empty(self.optimizer),
         )
 
-    def _shardings(self, shapes: TrainState) -> TrainState:
+    def _shardings(self, shapes: TrainState) -> Any:
         """Weights by their logical axes; each of the optimizer's arrays as the weight it is for."""
         axes = parameter_axes(self.model)
         params = jax.tree.map(
@@ -114,7 +115,7 @@ class Trainer:
             axes,
             is_leaf=lambda a: isinstance(a, tuple),
         )
-        whole = replicated(self.mesh)
+        whole: Any = replicated(self.mesh)
         by_path = {_keys(path): s for path, s in jax.tree.leaves_with_path(params)}
 
         def for_optimizer(path, _):

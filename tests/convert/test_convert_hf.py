@@ -70,7 +70,7 @@ def our_loss_gradients(model: Transformer) -> dict[str, np.ndarray]:
 
 
 def compare(model: Transformer, theirs) -> tuple[float, float]:
-    """The largest logit difference over the largest logit, and the worst gradient's relative one."""
+    """The largest logit difference, and the worst gradient error, both relative."""
     tokens = torch.tensor(TOKENS)
     logits = theirs(tokens).logits
     ours = np.asarray(jax.jit(lambda m, t: m(t))(model, TOKENS))
@@ -238,7 +238,7 @@ def test_what_cannot_be_read_says_what_was_looked_for(tmp_path):
     with pytest.raises(UserError, match="holds no model"):
         olmo_jax.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="model_type = 'gpt2'.*reads olmo, olmo2"):
+    with pytest.raises(UserError, match=r"model_type = 'gpt2'.*reads olmo, olmo2"):
         olmo_jax.load(tmp_path)
 
 
@@ -249,12 +249,12 @@ def test_a_missing_tensor_is_named(exported, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] += 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="7 missing|11 missing"):
+    with pytest.raises(UserError, match=r"7 missing|11 missing"):
         olmo_jax.load(tmp_path)
 
 
 def test_an_architecture_without_a_transformers_class_is_refused(tmp_path):
     odd = ModelConfig(**{**dataclasses.asdict(OLMO2), "parallel_residual": True})
     run = save(olmo_jax.init(odd), tmp_path / "run")
-    with pytest.raises(UserError, match="no transformers class .* parallel_residual = True"):
+    with pytest.raises(UserError, match=r"no transformers class .* parallel_residual = True"):
         convert(run, tmp_path / "hf")
