@@ -47,8 +47,9 @@ def tokenize_documents(
     Each text is stripped (as Dolma does; not with strip=False), skipped when empty, encoded, and
     ended with `eos_token` unless it ends with it already. A new file starts before the document
     that would take it past `max_tokens_per_file`; a longer document gets a file of its own. The
-    type is the smallest that holds the vocabulary. `progress(done, total)` counts input bytes. Raises UserError for a file
-    that cannot be read, a token that the tokenizer lacks, or an `out_dir` that is not empty.
+    type is the smallest that holds the vocabulary. `progress(done, total)` counts input bytes.
+    Raises UserError for a file that cannot be read, a token that the tokenizer lacks, or an
+    `out_dir` that is not empty.
     """
     inputs, out_dir = list(inputs), Path(out_dir)
     if not isinstance(tokenizer, Tokenizer):

@@ -28,8 +28,8 @@ class Sampling:
 
 def sample(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """One token id, an int32 scalar. Of several cuts the tokens that pass all are kept; the
-    likeliest always is. top_p keeps the fewest likeliest tokens whose probabilities reach it (nucleus
-    sampling, Holtzman et al. 2020), after the temperature.
+    likeliest always is. top_p keeps the fewest likeliest tokens whose probabilities reach it
+    (nucleus sampling, Holtzman et al. 2020), after the temperature.
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
