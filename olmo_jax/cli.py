@@ -293,9 +293,5 @@ def _print_error(message: str) -> None:
         console.print(Text.assemble(("error: ", "bold red"), line))
 
 
-if __name__ == "__main__":
-    main()
-
-
 if __name__ == "__main__":  # python -m olmo_jax.cli
     main()

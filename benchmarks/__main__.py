@@ -1,0 +1,160 @@
+"""Runs every comparison, contenders in turn, each in a fresh process; prints tables, keeps JSON.
+
+python -m benchmarks [--rounds=3] [--only=train|generate|start_up] [--shape=85M]
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.shapes import BATCH, LENGTH, SHAPES, step_flops
+from olmo_jax.parallel.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+EQUAL = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def worker(*arguments: str, **variables: str) -> dict:
+    """The figures of one contender, run as a user starts it, `variables` in its environment."""
+    command = [sys.executable, "-m", "benchmarks.worker", *arguments]
+    kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    # OpenBLAS settings of the machine are no part of how a user starts a program.
+    kept = {k: v for k, v in kept.items() if not k.startswith("OPENBLAS_")}
+    done = subprocess.run(
+        command, env=kept | variables, capture_output=True, text=True, timeout=1200
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def medians(rounds: list[dict]) -> dict:
+    """Each figure's median over the rounds."""
+    return {
+        name: statistics.median(figures[name] for figures in rounds)
+        for name, value in rounds[0].items()
+        if isinstance(value, int | float)
+    }
+
+
+def train(shape: str, rounds: int, steps: int = 5) -> dict:
+    """Training throughput, as started and with equal allocator settings, and the sgemm share."""
+    names = ("olmo_jax", "eager", "compile")
+    out: dict = {"shape": shape, "batch": BATCH, "length": LENGTH, "rounds": rounds}
+    for setting, variables in (("as_started", {}), ("equal_allocators", EQUAL)):
+        figures: dict[str, list[dict]] = {name: [] for name in names}
+        rates = []
+        for _ in range(rounds):
+            for name in names:
+                figures[name].append(worker("train", name, shape, str(steps), **variables))
+            rates += [worker("sgemm", p)["gflops"] for p in ("torch", "jax")]
+        result = {name: medians(figures[name]) for name in names}
+        ours = result["olmo_jax"]["tokens_per_second"]
+        length = min(LENGTH, SHAPES[shape].context_length)
+        rate = step_flops(shape, BATCH, length) / result["olmo_jax"]["seconds"] / 1e9
+        result["ratios"] = {n: ours / result[n]["tokens_per_second"] for n in names[1:]}
+        result["sgemm_gflops"] = max(rates)
+        result["share_of_sgemm"] = rate / max(rates)
+        out[setting] = result
+        table = Table("", "tokens/s", "peak MB", "ours / this", title=f"train {shape}, {setting}")
+        for name in names:
+            row = result[name]
+            ratio = f"{ours / row['tokens_per_second']:.2f}"
+            speed, memory = row["tokens_per_second"], row["peak_memory_mb"]
+            table.add_row(name, f"{speed:,.0f}", f"{memory:,.0f}", ratio)
+        Console().print(table)
+        print(
+            f"share of the machine's own sgemm rate ({max(rates):.0f} GFLOP/s): "
+            f"{rate / max(rates):.0%}"
+        )
+    return out
+
+
+def generate(rounds: int, shapes: tuple[str, ...]) -> dict:
+    """Greedy decoding at batch 1, float32, the same exported model."""
+    import torch
+    from transformers import Olmo2ForCausalLM
+
+    from benchmarks.shapes import transformers_config
+
+    out: dict = {"rounds": rounds}
+    for shape in shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            Olmo2ForCausalLM(transformers_config(shape)).save_pretrained(folder)
+            figures: dict[str, list[dict]] = {"olmo_jax": [], "eager": []}
+            for _ in range(rounds):
+                for name in figures:
+                    figures[name].append(worker("generate", name, shape, folder))
+        same = all(a["ids"] == figures["eager"][0]["ids"] for f in figures.values() for a in f)
+        result: dict = {name: medians(rows) for name, rows in figures.items()}
+        ours, theirs = (result[n]["tokens_per_second"] for n in ("olmo_jax", "eager"))
+        out[shape] = result | {"ratio": ours / theirs, "same_tokens": same}
+        table = Table("", "tokens/s", "ours / this", title=f"generate {shape}, batch 1, greedy")
+        table.add_row("olmo_jax", f"{ours:,.0f}", "1.00")
+        table.add_row("transformers", f"{theirs:,.0f}", f"{ours / theirs:.2f}")
+        Console().print(table)
+        print("the same tokens" if same else "the tokens differ")
+    return out
+
+
+def start_up() -> dict:
+    """Seconds from the command's start to its end after one step, cold and with a warm cache."""
+    import numpy as np
+
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(0, 2048, 100_000).astype(np.uint16)
+        tokens.tofile(f"{folder}/tokens.npy")
+        for name in ("cold", "warm"):
+            command = [sys.executable, "-m", "olmo_jax.cli", "train"]
+            command += ["--gin_file=configs/demo.gin", f"--gin.Train.run_dir={folder}/{name}"]
+            command += ["--gin.Train.stop_at=1", "--gin.Train.heldout=()"]
+            command += [f'--gin.Data.paths=("{folder}/tokens.npy",)', "--gin.Train.tokenizer=None"]
+            command += ["--gin.Train.sample_prompts=()"]
+            variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+            start = time.time()
+            subprocess.run(command, env=variables, check=True, capture_output=True)
+            row = json.loads(Path(folder, name, "metrics.jsonl").read_text().splitlines()[0])
+            out[name] = row["time"] - start
+            print(f"from the command's start to the first finished step, {name}: {out[name]:.1f} s")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("train", "generate", "start_up"))
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="only this one")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
+    options = parser.parse_args()
+    shapes = (options.shape,) if options.shape else ("demo", "85M")
+    parts = {
+        "train": lambda: train(options.shape or "85M", options.rounds),
+        "generate": lambda: generate(options.rounds, shapes),
+        "start_up": start_up,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, run in parts.items():
+        if options.only in (None, name):
+            facts = {"date": datetime.date.today().isoformat(), "environment": environment()}
+            facts["torch"] = importlib.metadata.version("torch")
+            facts["transformers"] = importlib.metadata.version("transformers")
+            facts["command"] = f"python -m benchmarks --rounds={options.rounds} --only={name}"
+            content = json.dumps(run() | facts, indent=2)
+            (options.out / f"{name}.json").write_text(content + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The two shapes that are measured, as our configuration and as transformers'."""
+
+from olmo_jax.model.config import ModelConfig
+
+SHAPES = {
+    "demo": ModelConfig(
+        vocab_size=2048, d_model=192, n_layers=4, n_heads=6, mlp_width=512, context_length=256
+    ),
+    "85M": ModelConfig(
+        vocab_size=50304, d_model=512, n_layers=8, n_heads=8, mlp_width=2048, context_length=512
+    ),
+    "tiny": ModelConfig(
+        vocab_size=128, d_model=32, n_layers=2, n_heads=2, mlp_width=64, context_length=64
+    ),
+}
+BATCH, LENGTH = 4, 512
+
+
+def transformers_config(shape: str):
+    """The same shape for `Olmo2ForCausalLM`."""
+    from transformers import Olmo2Config
+
+    from olmo_jax.convert.hf import to_hf_config
+
+    return Olmo2Config(**to_hf_config(SHAPES[shape], "float32", None, None))
+
+
+def step_flops(shape: str, batch: int, length: int) -> float:
+    """6 FLOPs a token and weight (without the embedding table), and attention's causal half."""
+    config = SHAPES[shape]
+    weights = 6 * config.parameter_count(embedding=False)
+    attention = 6 * config.n_layers * length * config.d_model
+    return (weights + attention) * batch * length
+
+
+def peak_memory_mb() -> float:
+    """VmHWM, the largest resident size of this process so far."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e3

@@ -1,0 +1,145 @@
+"""One contender in a process of its own; prints its figures as one JSON line.
+
+python -m benchmarks.worker train olmo_jax|eager|compile SHAPE STEPS
+python -m benchmarks.worker generate olmo_jax|eager SHAPE FOLDER
+python -m benchmarks.worker sgemm torch|jax
+"""
+
+import json
+import statistics
+import sys
+import time
+
+from benchmarks.shapes import BATCH, LENGTH, SHAPES, peak_memory_mb, transformers_config
+
+PROMPT, NEW_TOKENS = [5, 17, 3, 99], 200
+
+
+def train_olmo_jax(shape: str, steps: int) -> list[float]:
+    import numpy as np
+
+    from olmo_jax.data.batch import Batch
+    from olmo_jax.model.transformer import Transformer, abstract_model, parameters
+    from olmo_jax.parallel.mesh import MeshConfig, build_mesh
+    from olmo_jax.train.optimizer import OptimizerConfig
+    from olmo_jax.train.step import Trainer
+
+    config = SHAPES[shape]
+    length = min(LENGTH, config.context_length)
+    model = abstract_model(config)
+    trainer = Trainer(model, OptimizerConfig(), build_mesh(MeshConfig()))
+    state = trainer.init_state(lambda: parameters(Transformer(config, 0, model.kernels)))
+    rows = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, length + 1), np.int32)
+    mask = np.ones((BATCH, length), np.bool_)
+    batch = Batch(rows[:, :-1], rows[:, 1:], None, None, mask, None)
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        state, metrics = trainer.step(state, batch, np.float32(3e-4), np.float32(1.0))
+        float(metrics["loss"])
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def train_transformers(shape: str, steps: int, compiled: bool) -> list[float]:
+    import torch
+    from transformers import Olmo2ForCausalLM
+
+    model = Olmo2ForCausalLM(transformers_config(shape)).train()
+    step_model = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    length = min(LENGTH, SHAPES[shape].context_length)
+    tokens = torch.randint(0, SHAPES[shape].vocab_size, (BATCH, length))
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = step_model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def generate_olmo_jax(folder: str) -> tuple[list[int], list[float]]:
+    import olmo_jax
+    from olmo_jax.generate import generate
+
+    model = olmo_jax.load(folder)
+    n = min(NEW_TOKENS, model.config.context_length - len(PROMPT))
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        ids = list(generate(model, PROMPT, n))
+        seconds.append(time.perf_counter() - start)
+    return ids, seconds
+
+
+def generate_transformers(folder: str) -> tuple[list[int], list[float]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    n = min(NEW_TOKENS, model.config.max_position_embeddings - len(PROMPT))
+    prompt = torch.tensor([PROMPT])
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False
+        )
+        seconds.append(time.perf_counter() - start)
+    return out[0, len(PROMPT) :].tolist(), seconds
+
+
+def sgemm(program: str) -> list[float]:
+    """Rates of a 2048³ float32 product, in GFLOP/s."""
+    n = 2048
+    if program == "torch":
+        import torch
+
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        run = lambda: a @ b  # noqa: E731
+    else:
+        import jax
+
+        a, b = (jax.random.normal(jax.random.key(i), (n, n)) for i in (0, 1))
+        product = jax.jit(lambda a, b: a @ b)
+        run = lambda: product(a, b).block_until_ready()  # noqa: E731
+    rates = []
+    for _ in range(12):
+        start = time.perf_counter()
+        run()
+        rates.append(2 * n**3 / (time.perf_counter() - start) / 1e9)
+    return rates
+
+
+def main(what: str, program: str, shape: str = "", last: str = "") -> None:
+    if program == "olmo_jax":  # as the command line does
+        from olmo_jax.parallel.runtime import configure
+
+        configure()
+    if what == "sgemm":
+        figures: dict = {"gflops": max(sgemm(program))}
+    elif what == "train":
+        steps = int(last)
+        seconds = (
+            train_olmo_jax(shape, steps)
+            if program == "olmo_jax"
+            else train_transformers(shape, steps, program == "compile")
+        )
+        length = min(LENGTH, SHAPES[shape].context_length)
+        median = statistics.median(seconds[2:])
+        figures = {"seconds": median, "tokens_per_second": BATCH * length / median}
+        figures["first_step_seconds"] = seconds[0]
+    else:
+        run = generate_olmo_jax if program == "olmo_jax" else generate_transformers
+        ids, seconds = run(last)
+        figures = {"tokens_per_second": len(ids) / min(seconds[1:]), "ids": ids}
+    print(json.dumps(figures | {"peak_memory_mb": peak_memory_mb()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
