@@ -266,12 +266,13 @@ class _Loop:
             step = jax.device_put(np.int32(good), self.trainer.shardings.step)
             self._save(good, state._replace(step=step), writer)
             self.checkpointer.wait()
-        bad = log.failing_ids
+        last_good = saved if good is None else good
+        n = self.plan.batches.first_n(last_good)
         raise UserError(
             f"loss or gradient was not finite in {log.failing} steps in a row, the first is step "
-            f"{(good or 0) + 1} with instances {bad}; the state before it is kept as step "
-            f"{good or saved}. Look at them with `olmo-jax data inspect {self.folder.path} "
-            f"--instance={bad[0]}`, then lower Optimizer.learning_rate or mend the data and fork"
+            f"{last_good + 1} with instances {log.failing_ids}; the state before it is kept as "
+            f"step {last_good}. Look at them with `olmo-jax data inspect {self.folder.path} {n}` "
+            "and on, then lower Optimizer.learning_rate or mend the data, and fork"
         )
 
     def _request_stop(self, number: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from olmo_jax.checkpoint import CheckpointReader
 
-STEPS = 24
+STEPS = 60
 ROOT = Path(__file__).parents[2]
 GIN = """
 Model.vocab_size = 64
@@ -31,7 +31,7 @@ Schedule.warmup = 2
 Data.sequence_length = 16
 Data.batch_size = 4
 Data.eos_token_id = 0
-Train.steps = 24
+Train.steps = 60
 Train.tensorboard = False
 Checkpoint.every = 12
 Checkpoint.ephemeral_every = 3
@@ -167,7 +167,7 @@ def test_a_run_killed_five_times_ends_as_the_uninterrupted_one(place, reference)
         (saving, []),
         (at_step(moments.randint(8, 11)), []),
         (removing, []),
-        (at_step(moments.randint(19, 22)), [workers]),
+        (at_step(moments.randint(25, 40)), [workers]),
     ):
         process = start(place, "killed", *bindings)
         wait_until(process, moment)
