@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from olmo_jax.convert.source import Source, open_source
+from olmo_jax.convert.source import Source, open_source, parse_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     with open_source(path) as source:
         if source.tokenizer_json is None:
             raise UserError(f"{path}: the checkpoint has no tokenizer.json")
-        return Tokenizer.from_buffer(source.tokenizer_json)
+        return parse_tokenizer(source.tokenizer_json, path)
 
 
 def load_mean(paths: Sequence[str | Path], config: ModelConfig) -> dict:

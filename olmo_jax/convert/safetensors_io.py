@@ -95,7 +95,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder = folder
         if (folder / INDEX).is_file():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            weight_map = _weight_map(folder / INDEX)
         elif (folder / SINGLE).is_file():
             weight_map = None
         else:
@@ -118,4 +118,21 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as it is stored."""
-        return self._files[self._where[name]].get_tensor(name)
+        try:
+            return self._files[self._where[name]].get_tensor(name)
+        except SafetensorError as error:
+            file = self.folder / self._where[name]
+            raise UserError(f"{file}: has no readable tensor {name}: {error}") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to file name, as an index says; only files beside the index are taken."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        assert all(isinstance(name, str) for name in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise UserError(f"{index}: is no index of tensors; write the folder again") from None
+    outside = sorted(name for name in weight_map.values() if Path(name).name != name)
+    if outside:
+        raise UserError(f"{index}: names a file outside its folder, {outside[0]!r}: refused")
+    return weight_map

@@ -50,6 +50,16 @@ def open_source(path: str | Path, step: int | None = None) -> Iterator[Source]:
         yield _Checkpoint(*found)
 
 
+def parse_tokenizer(content: bytes, where: str | Path) -> Tokenizer:
+    """A tokenizer.json's tokenizer. UserError when it is none."""
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(
+            f"{where}: is not a tokenizer of the `tokenizers` library: {error}"
+        ) from None
+
+
 def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
@@ -85,7 +95,7 @@ class _Transformers:
         self.tokenizer_json = file.read_bytes() if file.is_file() else None
         vocab_size = None
         if self.tokenizer_json is not None:
-            vocab_size = Tokenizer.from_buffer(self.tokenizer_json).get_vocab_size()
+            vocab_size = parse_tokenizer(self.tokenizer_json, file).get_vocab_size()
         self.config, architecture = from_hf_config(hf, vocab_size)
         eos = hf.get("eos_token_id")
         self.eos_token_id = eos[0] if isinstance(eos, list) else eos

@@ -65,7 +65,7 @@ def _generate(model, prompt_ids, max_tokens, sampling, seed, eos_id) -> Iterator
     waiting, at = [token[None]], n
     left = max_tokens
     while left:
-        if at < n + max_tokens:
+        if at < n + max_tokens - 1:
             tokens, token, cache, key = _decode(decoder, token, at, cache, key, sampling)
             waiting.append(tokens)
             at += _TOKENS_A_DISPATCH

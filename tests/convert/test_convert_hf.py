@@ -258,3 +258,20 @@ def test_an_architecture_without_a_transformers_class_is_refused(tmp_path):
     run = save(olmo_jax.init(odd), tmp_path / "run")
     with pytest.raises(UserError, match=r"no transformers class .* parallel_residual = True"):
         convert(run, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("model.safetensors.index.json", "not json"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../../elsewhere"}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}'),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(tmp_path, name, content):
+    run = save(perturbed(OLMO2), tmp_path / "run")
+    convert(run, tmp_path / "hf")
+    (tmp_path / "hf" / name).write_text(content)
+    with pytest.raises(UserError, match=r"index|outside|missing|tokenizer"):
+        olmo_jax.load(tmp_path / "hf")
