@@ -2,7 +2,7 @@
 
 python -m benchmarks.worker train olmo_jax|eager|compile SHAPE STEPS
 python -m benchmarks.worker generate olmo_jax|eager SHAPE FOLDER
-python -m benchmarks.worker sgemm torch|jax
+python -m benchmarks.worker sgemm torch|jax|numpy
 """
 
 import json
@@ -97,7 +97,12 @@ def generate_transformers(folder: str) -> tuple[list[int], list[float]]:
 def sgemm(program: str) -> list[float]:
     """Rates of a 2048³ float32 product, in GFLOP/s."""
     n = 2048
-    if program == "torch":
+    if program == "numpy":
+        import numpy as np
+
+        a, b = np.ones((n, n), np.float32), np.ones((n, n), np.float32)
+        run = lambda: a @ b  # noqa: E731
+    elif program == "torch":
         import torch
 
         a, b = torch.randn(n, n), torch.randn(n, n)

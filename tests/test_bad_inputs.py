@@ -52,9 +52,8 @@ def train(place: Path, *bindings: str, run: str = "run") -> subprocess.Completed
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """Every file of checkpoints and logs."""
-    files = [*run.rglob("checkpoints/**/*"), *run.glob("*.jsonl")]
-    return {str(p.relative_to(run)): p.read_bytes() for p in files if p.is_file()}
+    """Every file of a run."""
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -69,6 +68,8 @@ def assert_one_clear_line(done: subprocess.CompletedProcess, *words: str) -> Non
 MISTAKES = {
     "misspelt binding": (["Optimizer.lerning_rate=1"], ["lerning_rate", "learning_rate"]),
     "wrong type": (['Optimizer.learning_rate="high"'], ["Optimizer.learning_rate", "high"]),
+    "changed configuration": (["Data.seed=9"], ["Data.seed = 9 (was 0)"]),
+    "batch over the mesh": (["Mesh.data=3"], ["data=3", "devices"]),
     "micro-batch": (["Train.micro_batch_size=3"], ["micro_batch_size = 3", "4"]),
     "missing token file": (['Data.paths=("/missing.npy",)'], ["/missing.npy"]),
     "truncated token file": (

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import Checkpointer, RunFolder, find_checkpoint
+from olmo_jax.checkpoint.run_folder import write_error
 from olmo_jax.convert.load import load_mean
 from olmo_jax.data import open_dataset
 from olmo_jax.data.dataset import DataSet
@@ -50,7 +51,12 @@ def train(run: RunConfig, gin_text: str, evaluators: Sequence[Evaluator] = ()) -
     the run. Raises UserError for anything that a person can mend, before a device is used where
     possible.
     """
-    return _Loop(run, gin_text, evaluators).run_to_end()
+    try:
+        return _Loop(run, gin_text, evaluators).run_to_end()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a disk that fills up between two checkpoints, say
+        raise write_error(Path(error.filename or run.train.run_dir), error) from error
 
 
 class _Loop:
@@ -78,9 +84,7 @@ class _Loop:
         self.folder.open_for_writing()
         files = {"config.gin": gin_text.encode()} | tokenizer_file
         self.checkpointer = Checkpointer(self.folder.checkpoints, run.checkpoint, files)
-        for name, content in files.items():
-            self.folder.write_bytes(self.folder.path / name, content)
-        self._write_facts()
+        self.files = files
         self.stop_signal: int | None = None
 
     def _check_batches(self) -> None:
@@ -116,7 +120,10 @@ class _Loop:
         ]
 
     def _write_facts(self) -> None:
-        """The files that explain the run to a reader; whole, and again at every start."""
+        """The files that explain the run to a reader; whole, and again at every start (once it is
+        sure that the run may go on)."""
+        for name, kept_file in self.files.items():
+            self.folder.write_bytes(self.folder.path / name, kept_file)
         sources = self.dataset.table() if self.dataset else []
         data: dict[str, Any] = {"sources": sources, "fingerprint": self.fingerprint}
         if self.folder.data_json.is_file():  # baselines, which `olmo-jax report` puts there, stay
@@ -161,6 +168,7 @@ class _Loop:
         with ExitStack() as stack:
             stack.callback(self.checkpointer.close)
             state, first = self._restore()
+            self._write_facts()
             writer = stack.enter_context(
                 MetricsWriter(self.folder.path, train.tensorboard, train.wandb, first)
             )
@@ -192,7 +200,7 @@ class _Loop:
         batches = load_batches(self.dataset, first, end, jax.process_index(), jax.process_count())
         if self.checkpointer.should_save(0) and first == 0:
             self._save(0, state, writer)
-        log = _StepLog(self, writer, progress)
+        log, train = _StepLog(self, writer, progress), self.run.train
         saved = first
         for step in range(first, end):
             waiting = time.perf_counter()
@@ -203,21 +211,21 @@ class _Loop:
             state, metrics = self.trainer.step(state, self._device_batch(batch), rate, clip)
             log.dispatched(step, metrics, batch, rate, waited)
             done = step + 1
-            evaluate = done == end or done % (self.run.train.heldout_every or end) == 0
+            evaluate = done == end or done % (train.heldout_every or end) == 0
             stopping = self.stop_signal is not None
             due = done == end or stopping or self.checkpointer.should_save(done)
             self.checkpointer.check()
             if not (evaluate or due or log.failing):
                 continue
             log.fetch()
-            if log.failing >= self.run.train.nonfinite_steps:
+            if log.failing and (done == end or log.failing >= train.nonfinite_steps):
                 self._stop_nonfinite(state, log, writer, saved)
             if evaluate:
                 self._evaluate(state, done, writer, progress)
             if due and not log.failing:
                 self._save(done, state, writer)
                 saved = done
-            if stopping:
+            if stopping and done < end:
                 self.checkpointer.wait()
                 name = signal.Signals(self.stop_signal or 0).name
                 progress.message(
@@ -336,7 +344,9 @@ def _read_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes
     """The run's tokenizer, and its file to be kept with each checkpoint."""
     if path is None:
         return None, {}
-    return load_tokenizer(path), {"tokenizer.json": Path(path).read_bytes()}
+    tokenizer = load_tokenizer(path)
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    return tokenizer, {"tokenizer.json": file.read_bytes()}
 
 
 @contextmanager

@@ -140,7 +140,6 @@ def test_bad_document_files(tmp_path, write_tokens):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({}, "no data"),
         ({"paths": ("a",), "sources": {"x": ("b",)}, "weights": {"x": 1}}, "not both"),
         ({"sources": {"x": ("b",)}}, "without a weight: x"),
         ({"sources": {"x": ("b",)}, "weights": {"x": 1, "y": 2}}, "unknown sources: y"),
@@ -153,3 +152,8 @@ def test_bad_document_files(tmp_path, write_tokens):
 def test_mistakes_in_the_configuration(settings, message):
     with pytest.raises(ValidationError, match=message):
         DataConfig(**settings)
+
+
+def test_a_recipe_without_data_is_refused_when_it_is_opened():
+    with pytest.raises(UserError, match=r"no data: give Data\.paths"):
+        open_dataset(DataConfig(), 100)
