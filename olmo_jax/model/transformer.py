@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
         segment_ids (B, T): attention stays within equal ids. positions (B, T): rotary positions,
         0, 1, 2, … where not given.
         """
-        return self.logits(self.hidden(tokens_BT, segment_ids, positions))
+        return self.logits(self.hidden(jnp.asarray(tokens_BT), segment_ids, positions))
 
 
 def _unstacked(weights, size: int) -> list:
