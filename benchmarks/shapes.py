@@ -4,7 +4,7 @@ from olmo_jax.model.config import ModelConfig
 
 SHAPES = {
     "demo": ModelConfig(
-        vocab_size=2048, d_model=192, n_layers=4, n_heads=6, mlp_width=512, context_length=256
+        vocab_size=2048, d_model=128, n_layers=4, n_heads=4, mlp_width=384, context_length=256
     ),
     "85M": ModelConfig(
         vocab_size=50304, d_model=512, n_layers=8, n_heads=8, mlp_width=2048, context_length=512

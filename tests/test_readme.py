@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SMALLER = {
-    "Train.steps = 800": "Train.steps = 6",
+    "Train.steps = 1000": "Train.steps = 6",
     "Checkpoint.every = 500": "Checkpoint.every = 3",
     "Checkpoint.ephemeral_every = 100": "Checkpoint.ephemeral_every = 2",
     "VOCAB = 2048": "VOCAB = 300",
