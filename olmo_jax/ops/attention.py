@@ -131,7 +131,10 @@ def _blocked_backward(window, saved, d_out_BKGTC):
     dtype, f32 = v_BKSC.dtype, jnp.float32
     inner_BKGT1 = jnp.sum(d_out_BKGTC.astype(f32) * out_BKGTC.astype(f32), axis=-1, keepdims=True)
     dqs = []
-    dk_BKSC, dv_BKSC = jnp.zeros(k_BKSC.shape, f32), jnp.zeros(v_BKSC.shape, f32)
+    # Gradients of keys and values are added up as (C, S): XLA:CPU makes that product at 105
+    # GFLOP/s where it makes (S, C) at 66.
+    dk_BKCS = jnp.zeros(k_BKSC.swapaxes(2, 3).shape, f32)
+    dv_BKCS = jnp.zeros_like(dk_BKCS)
     scale = q_BKGTC.shape[-1] ** -0.5
     for rows, keys in _blocks(q_BKGTC.shape[3], window):
         scores = _block_scores(q_BKGTC, k_BKSC, mask, rows, keys)
@@ -143,13 +146,14 @@ def _blocked_backward(window, saved, d_out_BKGTC):
         d_scores = (weights * (d_weights - inner_BKGT1[..., rows, :]) * scale).astype(dtype)
         dqs.append(jnp.einsum("bkgts,bksc->bkgtc", d_scores, k_BKSC[:, :, keys]))
         dk = jnp.einsum(
-            "bkgts,bkgtc->bksc", d_scores, q_BKGTC[..., rows, :], preferred_element_type=f32
+            "bkgts,bkgtc->bkcs", d_scores, q_BKGTC[..., rows, :], preferred_element_type=f32
         )
         dv = jnp.einsum(
-            "bkgts,bkgtc->bksc", weights.astype(dtype), d_out, preferred_element_type=f32
+            "bkgts,bkgtc->bkcs", weights.astype(dtype), d_out, preferred_element_type=f32
         )
-        dk_BKSC, dv_BKSC = dk_BKSC.at[:, :, keys].add(dk), dv_BKSC.at[:, :, keys].add(dv)
+        dk_BKCS, dv_BKCS = dk_BKCS.at[..., keys].add(dk), dv_BKCS.at[..., keys].add(dv)
     dq_BKGTC = jnp.concatenate(dqs, axis=3)
+    dk_BKSC, dv_BKSC = dk_BKCS.swapaxes(2, 3), dv_BKCS.swapaxes(2, 3)
     return dq_BKGTC.astype(dtype), dk_BKSC.astype(dtype), dv_BKSC.astype(dtype), None
 
 
