@@ -10,11 +10,11 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint.run_folder import write_error
-from olmo_jax.convert.hf import Row, architecture_of, rows_of, to_hf_config
+from olmo_jax.convert.hf import architecture_of, rows_of, to_hf_config
 from olmo_jax.convert.safetensors_io import Planned, write_folder
 from olmo_jax.convert.source import Source, open_source
+from olmo_jax.convert.table import Row
 from olmo_jax.errors import UserError
-from olmo_jax.model.transformer import abstract_model, parameters
 
 _EOS_NAMES = ("<|endoftext|>", "|||IP_ADDRESS|||")
 _PAD_NAMES = ("<|pad|>", "<|padding|>", "<pad>")
@@ -59,21 +59,14 @@ def convert(
 
 def _planned(source: Source) -> Iterator[Planned]:
     config = source.config
-    weights = parameters(abstract_model(config))
     for row in rows_of(config, architecture_of(config)):
-        node: Any = weights
-        for key in row.ours.split("."):
-            node = node[key]
-        shape = node.shape[1:] if row.stacked else node.shape
-        shape = shape[::-1] if row.transposed else shape
-        for layer in range(config.n_layers) if row.stacked else [None]:
-            yield Planned(row.theirs.format(layer=layer), shape, _reader(source, row, layer))
+        for name, at in row.places(config):
+            yield Planned(name, row.shape(config), _reader(source, row, at))
 
 
-def _reader(source: Source, row: Row, layer: int | None):
+def _reader(source: Source, row: Row, at: tuple[int, ...]):
     def read():
-        values = source.read(row.ours, layer)
-        return values.T if row.transposed else values
+        return row.assemble([source.read(path, *at) for path in row.ours], source.config)
 
     return read
 

@@ -6,44 +6,33 @@ Knows names and fields; bytes and files are safetensors_io.py's, and writing a f
 from dataclasses import dataclass
 from typing import Any
 
+from olmo_jax.convert.table import Layout, Row, rows_for
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Row:
-    """One weight: our path, theirs ({layer} where ours is stacked), and whether it is transposed.
-
-    Ours are (in, out) with a leading layer axis; PyTorch's Linear is (out, in).
-    """
-
-    ours: str
-    theirs: str
-    transposed: bool = True
-
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.theirs
+def _one(theirs: str, ours: str, layout: Layout = "transposed") -> Row:
+    return Row(theirs, (ours,), layout)
 
 
 _LAYER = "model.layers.{layer}."
 _COMMON = (
-    Row("embed.weight", "model.embed_tokens.weight", transposed=False),
-    Row("layers.attention.q.weight", _LAYER + "self_attn.q_proj.weight"),
-    Row("layers.attention.k.weight", _LAYER + "self_attn.k_proj.weight"),
-    Row("layers.attention.v.weight", _LAYER + "self_attn.v_proj.weight"),
-    Row("layers.attention.out.weight", _LAYER + "self_attn.o_proj.weight"),
-    Row("layers.mlp.gate.weight", _LAYER + "mlp.gate_proj.weight"),
-    Row("layers.mlp.up.weight", _LAYER + "mlp.up_proj.weight"),
-    Row("layers.mlp.down.weight", _LAYER + "mlp.down_proj.weight"),
-    Row("lm_head.weight", "lm_head.weight"),
+    _one("model.embed_tokens.weight", "embed.weight", "same"),
+    _one(_LAYER + "self_attn.q_proj.weight", "layers.attention.q.weight"),
+    _one(_LAYER + "self_attn.k_proj.weight", "layers.attention.k.weight"),
+    _one(_LAYER + "self_attn.v_proj.weight", "layers.attention.v.weight"),
+    _one(_LAYER + "self_attn.o_proj.weight", "layers.attention.out.weight"),
+    _one(_LAYER + "mlp.gate_proj.weight", "layers.mlp.gate.weight"),
+    _one(_LAYER + "mlp.up_proj.weight", "layers.mlp.up.weight"),
+    _one(_LAYER + "mlp.down_proj.weight", "layers.mlp.down.weight"),
+    _one("lm_head.weight", "lm_head.weight"),
 )
 _OLMO2 = (
-    Row("layers.attention.q_norm.weight", _LAYER + "self_attn.q_norm.weight", False),
-    Row("layers.attention.k_norm.weight", _LAYER + "self_attn.k_norm.weight", False),
-    Row("layers.attention_norm.weight", _LAYER + "post_attention_layernorm.weight", False),
-    Row("layers.mlp_norm.weight", _LAYER + "post_feedforward_layernorm.weight", False),
-    Row("final_norm.weight", "model.norm.weight", transposed=False),
+    _one(_LAYER + "self_attn.q_norm.weight", "layers.attention.q_norm.weight", "same"),
+    _one(_LAYER + "self_attn.k_norm.weight", "layers.attention.k_norm.weight", "same"),
+    _one(_LAYER + "post_attention_layernorm.weight", "layers.attention_norm.weight", "same"),
+    _one(_LAYER + "post_feedforward_layernorm.weight", "layers.mlp_norm.weight", "same"),
+    _one("model.norm.weight", "final_norm.weight", "same"),
 )
 
 
@@ -114,12 +103,8 @@ def architecture_of(config: ModelConfig) -> Architecture:
 
 
 def rows_of(config: ModelConfig, architecture: Architecture) -> list[Row]:
-    """The table's rows that this model has (a tied head has none of its own)."""
-    return [
-        row
-        for row in architecture.rows
-        if not (config.tie_embeddings and row.ours == "lm_head.weight")
-    ]
+    """The table's rows that this model has."""
+    return rows_for(config, architecture.rows)
 
 
 def to_hf_config(

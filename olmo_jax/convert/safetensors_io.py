@@ -21,6 +21,7 @@ from olmo_jax.errors import UserError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {"float32": "F32", "bfloat16": "BF16"}
+_NAMES = {code: name for name, code in _CODES.items()} | {"F16": "float16", "F64": "float64"}
 
 
 class Planned(NamedTuple):
@@ -116,13 +117,19 @@ class SafetensorsFolder:
         """A tensor's shape, without reading it."""
         return tuple(self._files[self._where[name]].get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor as it is stored."""
+    def dtype(self, name: str) -> str:
+        """A tensor's type as NumPy calls it ("bfloat16" is ml_dtypes')."""
+        code = self._files[self._where[name]].get_slice(name).get_dtype()
+        return _NAMES.get(code, code)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor as it is stored, or only some of its rows (axis 0)."""
         try:
-            return self._files[self._where[name]].get_tensor(name)
+            file = self._files[self._where[name]]
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except SafetensorError as error:
-            file = self.folder / self._where[name]
-            raise UserError(f"{file}: has no readable tensor {name}: {error}") from None
+            path = self.folder / self._where[name]
+            raise UserError(f"{path}: has no readable tensor {name}: {error}") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:

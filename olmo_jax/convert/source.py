@@ -4,8 +4,9 @@ Looking is enough to tell the formats apart; nothing is unpickled.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from olmo_jax.checkpoint import CheckpointReader, find_checkpoint
 from olmo_jax.convert.hf import from_hf_config, rows_of
 from olmo_jax.convert.safetensors_io import SafetensorsFolder
+from olmo_jax.convert.table import Row
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 
@@ -26,9 +28,73 @@ class Source(Protocol):
     eos_token_id: int | None
     tokenizer_json: bytes | None
 
-    def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A weight by our dotted path, (in, out); of a stacked one a single layer, if given."""
+    def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
+        """A weight by our dotted path, (in, out); of a stacked one a single layer, if given, and
+        of that a single expert."""
         ...
+
+
+class Tensors(Protocol):
+    """Named tensors in another program's files, without a meaning yet."""
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """A tensor's type as NumPy calls it, without reading it."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor as it is stored, or only some of its rows (axis 0)."""
+        ...
+
+
+@dataclass
+class TableSource:
+    """A `Source` over another program's tensors, by a table of rows (see table.py).
+
+    UserError when the tensors' names are not those of the table; `where` is what it calls them.
+    """
+
+    config: ModelConfig
+    rows: Sequence[Row]
+    tensors: Tensors
+    where: str | Path
+    eos_token_id: int | None = None
+    tokenizer_json: bytes | None = None
+    ignored: frozenset[str] = frozenset()
+    """Names that may be there and hold nothing of the model."""
+
+    def __post_init__(self):
+        self._rows = {path: row for row in self.rows for path in row.ours}
+        wanted = {name for row in self.rows for name, _ in row.places(self.config)}
+        there = self.tensors.names()
+        missing, extra = sorted(wanted - there), sorted(there - wanted - self.ignored)
+        if missing or extra:
+            raise UserError(
+                f"{self.where}: the tensors are not those of its config: "
+                f"{len(missing)} missing {missing[:2]}, {len(extra)} unexpected {extra[:2]}"
+            )
+
+    def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
+        row, config = self._rows[path], self.config
+        if row.stacked and layer is None:
+            return np.stack([self.read(path, i, expert) for i in range(config.n_layers)])
+        if row.by_expert and expert is None:
+            return np.stack([self.read(path, layer, i) for i in range(config.n_experts)])
+        name = row.theirs.format(layer=layer, expert=expert)
+        if self.tensors.shape(name) != row.shape(config):
+            raise UserError(
+                f"{self.where}: {name} has shape {self.tensors.shape(name)}, its config says "
+                f"{row.shape(config)}"
+            )
+        rows = self.tensors.read(name, row.span(path, config) if row.layout == "rows" else None)
+        return row.extract_span(rows, path, config)
 
 
 @contextmanager
@@ -38,7 +104,7 @@ def open_source(path: str | Path, step: int | None = None) -> Iterator[Source]:
     folder = Path(path).expanduser()
     with ExitStack() as stack:
         if (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json"):
-            yield _Transformers(folder, stack)
+            yield _transformers(folder, stack)
             return
         found = find_checkpoint(folder, step)
         if found is None:
@@ -81,48 +147,30 @@ class _Checkpoint:
             self.tokenizer_json = None
         self._tensors = reader.tensors(step)
 
-    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+    def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
         tensor = self._tensors[path.replace(".", "/")]
-        return np.asarray((tensor if layer is None else tensor[layer]).read().result())
+        for index in (layer, expert):
+            tensor = tensor if index is None else tensor[index]
+        return np.asarray(tensor.read().result())
 
 
-class _Transformers:
+def _transformers(folder: Path, stack: ExitStack) -> TableSource:
     """A folder that transformers wrote, or that we wrote for it."""
-
-    def __init__(self, folder: Path, stack: ExitStack):
-        hf = _json(folder / "config.json")
-        file = folder / "tokenizer.json"
-        self.tokenizer_json = file.read_bytes() if file.is_file() else None
-        vocab_size = None
-        if self.tokenizer_json is not None:
-            vocab_size = parse_tokenizer(self.tokenizer_json, file).get_vocab_size()
-        self.config, architecture = from_hf_config(hf, vocab_size)
-        eos = hf.get("eos_token_id")
-        self.eos_token_id = eos[0] if isinstance(eos, list) else eos
-        self._files = SafetensorsFolder(folder, stack)
-        self._rows = {row.ours: row for row in rows_of(self.config, architecture)}
-        self._refuse_other_names(folder)
-
-    def _refuse_other_names(self, folder: Path) -> None:
-        layers = range(self.config.n_layers)
-        wanted = {
-            row.theirs.format(layer=i)
-            for row in self._rows.values()
-            for i in (layers if row.stacked else [0])
-        }
-        there = self._files.names()
-        if self.config.tie_embeddings:
-            there -= {"lm_head.weight"}  # some programs write the tied head a second time
-        missing, extra = sorted(wanted - there), sorted(there - wanted)
-        if missing or extra:
-            raise UserError(
-                f"{folder}: the tensors are not those of its config.json: "
-                f"{len(missing)} missing {missing[:2]}, {len(extra)} unexpected {extra[:2]}"
-            )
-
-    def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        row = self._rows[path]
-        if row.stacked and layer is None:
-            return np.stack([self.read(path, i) for i in range(self.config.n_layers)])
-        values = self._files.read(row.theirs.format(layer=layer))
-        return values.T if row.transposed else values
+    hf = _json(folder / "config.json")
+    file = folder / "tokenizer.json"
+    tokenizer_json = file.read_bytes() if file.is_file() else None
+    vocab_size = None
+    if tokenizer_json is not None:
+        vocab_size = parse_tokenizer(tokenizer_json, file).get_vocab_size()
+    config, architecture = from_hf_config(hf, vocab_size)
+    eos = hf.get("eos_token_id")
+    return TableSource(
+        config,
+        rows_of(config, architecture),
+        SafetensorsFolder(folder, stack),
+        folder,
+        eos[0] if isinstance(eos, list) else eos,
+        tokenizer_json,
+        # Some programs write the tied head a second time.
+        frozenset({"lm_head.weight"} if config.tie_embeddings else ()),
+    )

@@ -47,7 +47,7 @@ def from_transformers(folder: Path):
     return model
 
 
-def our_loss_gradients(model: Transformer) -> dict[str, np.ndarray]:
+def our_loss_gradients(model: Transformer, model_type: str) -> dict[str, np.ndarray]:
     """Gradients of the mean cross-entropy by transformers' names and layouts."""
     tokens, targets = TOKENS[:, :-1], TOKENS[:, 1:]
     weights = jnp.full(targets.shape, 1 / targets.size)
@@ -57,16 +57,19 @@ def our_loss_gradients(model: Transformer) -> dict[str, np.ndarray]:
         return cross_entropy(bound.hidden(tokens), bound.head_DV(), targets, weights, 0.0, 32)[0]
 
     grads = jax.jit(jax.grad(loss))(parameters(model))
-    architecture = ARCHITECTURES[model.config.norm == "rms"]
+    architecture = next(a for a in ARCHITECTURES if a.model_type == model_type)
     out = {}
     for row in rows_of(model.config, architecture):
-        node = grads
-        for key in row.ours.split("."):
-            node = node[key]
-        for layer in range(model.config.n_layers) if row.stacked else [None]:
-            value = np.asarray(node if layer is None else node[layer])
-            out[row.theirs.format(layer=layer)] = value.T if row.transposed else value
+        for name, at in row.places(model.config):
+            parts = [np.asarray(at_path(grads, path)[at]) for path in row.ours]
+            out[name] = row.assemble(parts, model.config)
     return out
+
+
+def at_path(tree, path: str):
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
 
 
 def compare(model: Transformer, theirs) -> tuple[float, float]:
@@ -77,7 +80,7 @@ def compare(model: Transformer, theirs) -> tuple[float, float]:
     logit_error = np.abs(logits.detach().numpy() - ours).max() / np.abs(ours).max()
     flat = logits[:, :-1].reshape(-1, logits.shape[-1])
     torch.nn.functional.cross_entropy(flat, tokens[:, 1:].reshape(-1)).backward()
-    grads = our_loss_gradients(model)
+    grads = our_loss_gradients(model, theirs.config.model_type)
     named = dict(theirs.named_parameters())
     assert set(named) == set(grads)
     gradient_error = max(

@@ -1,0 +1,123 @@
+"""Which tensor of another program holds which of our weights, and how: one table, read both ways.
+
+A format is a tuple of `Row`s. Everything here works on NumPy arrays of one layer (and one expert);
+where they lie, in which files, is `source.py`'s and the formats' business.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.transformer import abstract_model, parameters
+
+Layout = Literal["same", "transposed", "rows", "heads"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of theirs, and the weights of ours that it holds.
+
+    theirs has {layer} where ours has a leading layer axis, and {expert} where ours has an expert
+    axis after it. Ours are (in, out); PyTorch's Linear is (out, in).
+
+    layout: "same" and "transposed" hold one of ours; "rows" several, one below the other, each
+    (out, in); "heads" several, interleaved: for each head one's rows, then the next one's (needs
+    as many key heads as query heads). In the last two a bias is laid out like its matrix's rows.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout = "transposed"
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one tensor for each layer."""
+        return "{layer}" in self.theirs
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether there is one tensor for each expert."""
+        return "{expert}" in self.theirs
+
+    def places(self, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor's name, and what to index our weights with to get its part:
+        (), (layer,) or (layer, expert)."""
+        for layer in range(config.n_layers) if self.stacked else [None]:
+            for expert in range(config.n_experts) if self.by_expert else [None]:
+                at = tuple(i for i in (layer, expert) if i is not None)
+                yield self.theirs.format(layer=layer, expert=expert), at
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Shape of theirs."""
+        parts = [self._part_shape(config, path) for path in self.ours]
+        if self.layout == "same":
+            return parts[0]
+        return (sum(part[-1] for part in parts), *parts[0][:-1])
+
+    def assemble(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
+        """Theirs from ours: one array for each of `ours`, of one layer and expert. A view where it
+        can be one."""
+        if self.layout == "same":
+            return parts[0]
+        parts = [part.T for part in parts]
+        if self.layout == "heads":
+            heads = [p.reshape(config.n_heads, 1, -1, *p.shape[1:]) for p in parts]
+            joined = np.concatenate(heads, axis=1)
+            return joined.reshape(-1, *parts[0].shape[1:])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def extract(self, tensor: np.ndarray, ours: str, config: ModelConfig) -> np.ndarray:
+        """One of ours, of one layer and expert, from the whole of theirs. A view where it can be
+        one."""
+        if self.layout == "heads":
+            by_head = tensor.reshape(config.n_heads, len(self.ours), -1, *tensor.shape[1:])
+            tensor = by_head[:, self.ours.index(ours)].reshape(-1, *tensor.shape[1:])
+        else:
+            tensor = tensor[self.span(ours, config)]
+        return tensor if self.layout == "same" else tensor.T
+
+    def span(self, ours: str, config: ModelConfig) -> slice:
+        """The rows (axis 0) of theirs among which one of ours lies: all that has to be read.
+        `extract_span` takes just them."""
+        if self.layout != "rows":
+            return slice(0, self.shape(config)[0])
+        widths = [self._part_shape(config, path)[-1] for path in self.ours]
+        start = sum(widths[: self.ours.index(ours)])
+        return slice(start, start + widths[self.ours.index(ours)])
+
+    def extract_span(self, rows: np.ndarray, ours: str, config: ModelConfig) -> np.ndarray:
+        """`extract`, from only the rows that `span` names."""
+        return rows.T if self.layout == "rows" else self.extract(rows, ours, config)
+
+    def _part_shape(self, config: ModelConfig, path: str) -> tuple[int, ...]:
+        return weight_shapes(config)[path][self.stacked + self.by_expert :]
+
+
+@lru_cache(maxsize=64)
+def weight_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Our dotted paths of all weights of a model, with their shapes; nothing is allocated."""
+    out: dict[str, tuple[int, ...]] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                walk(child, f"{path}.{key}" if path else key)
+        else:
+            out[path] = node.shape
+
+    walk(parameters(abstract_model(config)), "")
+    return out
+
+
+def rows_for(config: ModelConfig, rows: Sequence[Row]) -> list[Row]:
+    """The rows of a format that this model has: no head where it is tied, biases and norms only
+    where there are any."""
+    weights = weight_shapes(config)
+    used = [row for row in rows if all(path in weights for path in row.ours)]
+    covered = [path for row in used for path in row.ours]
+    assert sorted(covered) == sorted(weights), set(covered) ^ set(weights)
+    return used
