@@ -144,8 +144,9 @@ def convert(
         Literal["hf"], Option("--to", help="hf: what PyTorch's transformers loads.")
     ] = "hf",
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Option("--dtype", help="Type of the written weights.")
-    ] = "float32",
+        Literal["float32", "bfloat16", "float16"] | None,
+        Option("--dtype", help="Type of the written weights; as they are stored if none."),
+    ] = None,
     step: Annotated[
         int | None, Option("--step", help="A run's checkpoint; the newest if none.")
     ] = None,

@@ -1,109 +1,47 @@
-"""Writes a checkpoint as a folder that PyTorch's transformers loads with no code of ours."""
+"""Writes a model as a folder for another program, or for this one: whole or not at all."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from tokenizers import Tokenizer
+from typing import Literal
 
 from olmo_jax.checkpoint.run_folder import write_error
-from olmo_jax.convert.hf import architecture_of, rows_of, to_hf_config
-from olmo_jax.convert.safetensors_io import Planned, write_folder
-from olmo_jax.convert.source import Source, open_source
-from olmo_jax.convert.table import Row
+from olmo_jax.convert import hf_files
+from olmo_jax.convert.safetensors_io import Progress
+from olmo_jax.convert.source import open_source
+from olmo_jax.convert.target import Options, Write
 from olmo_jax.errors import UserError
 
-_EOS_NAMES = ("<|endoftext|>", "|||IP_ADDRESS|||")
-_PAD_NAMES = ("<|pad|>", "<|padding|>", "<pad>")
+FORMATS: dict[str, Write] = {"hf": hf_files.write}
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
-    to: Literal["hf"] = "hf",
+    to: str = "hf",
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     step: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes the model in `src` (see `load`) to the new folder `dst`, whole or not at all.
 
-    config.json, safetensors (in shards of max_shard_bytes, with an index), generation_config.json,
-    and the tokenizer's files where the checkpoint has a tokenizer. Tensors pass through one at a
-    time. `progress(done, total)` counts bytes. Raises UserError.
+    `to` is one of `FORMATS`. Tensors pass through one at a time, in the type in which they are
+    stored unless `dtype` gives another. `progress(done, total)` counts bytes. Raises UserError.
     """
-    if to != "hf":
-        raise UserError(f"--to={to}: this version writes hf (a transformers folder)")
+    if to not in FORMATS:
+        raise UserError(f"--to={to}: this version writes {', '.join(FORMATS)}")
     dst = Path(dst).expanduser().absolute()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is there already and not empty; give a new folder")
     unfinished = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
     with open_source(src, step) as source:
-        files = _small_files(source, dtype)
         try:
             unfinished.mkdir(parents=True)
-            write_folder(unfinished, _planned(source), dtype, max_shard_bytes, progress)
-            for name, content in files.items():
-                text = content if isinstance(content, bytes) else _dumps(content)
-                (unfinished / name).write_bytes(text)
+            FORMATS[to](unfinished, source, Options(dtype, max_shard_bytes, progress))
             os.replace(unfinished, dst)
         except OSError as error:
             raise write_error(dst, error) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _planned(source: Source) -> Iterator[Planned]:
-    config = source.config
-    for row in rows_of(config, architecture_of(config)):
-        for name, at in row.places(config):
-            yield Planned(name, row.shape(config), _reader(source, row, at))
-
-
-def _reader(source: Source, row: Row, at: tuple[int, ...]):
-    def read():
-        return row.assemble([source.read(path, *at) for path in row.ours], source.config)
-
-    return read
-
-
-def _small_files(source: Source, dtype: str) -> dict[str, Any]:
-    eos, pad = source.eos_token_id, None
-    files: dict[str, Any] = {}
-    if source.tokenizer_json is not None:
-        tokenizer = Tokenizer.from_buffer(source.tokenizer_json)
-        if eos is None:
-            eos = _first_id(tokenizer, _EOS_NAMES)
-        pad = _first_id(tokenizer, _PAD_NAMES)
-        special = {
-            name: tokenizer.id_to_token(i)
-            for name, i in (("eos_token", eos), ("pad_token", pad))
-            if i is not None
-        }
-        files = {
-            "tokenizer.json": source.tokenizer_json,
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": source.config.context_length,
-                "clean_up_tokenization_spaces": False,
-                **special,
-            },
-            "special_tokens_map.json": special,
-        }
-    ids = {"eos_token_id": eos, "pad_token_id": pad}
-    return files | {
-        "config.json": to_hf_config(source.config, dtype, **ids),
-        "generation_config.json": {k: v for k, v in ids.items() if v is not None},
-    }
-
-
-def _first_id(tokenizer: Tokenizer, names: tuple[str, ...]) -> int | None:
-    return next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
-
-
-def _dumps(content: dict) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -38,9 +38,9 @@ def load(path: str | Path, step: int | None = None) -> Transformer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that lies with a checkpoint. UserError when there is none."""
     with open_source(path) as source:
-        if source.tokenizer_json is None:
+        if "tokenizer.json" not in source.files:
             raise UserError(f"{path}: the checkpoint has no tokenizer.json")
-        return parse_tokenizer(source.tokenizer_json, path)
+        return parse_tokenizer(source.files["tokenizer.json"], path)
 
 
 def load_mean(paths: Sequence[str | Path], config: ModelConfig) -> dict:

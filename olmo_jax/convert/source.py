@@ -4,21 +4,34 @@ Looking is enough to tell the formats apart; nothing is unpickled.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import CheckpointReader, find_checkpoint
 from olmo_jax.convert.hf import from_hf_config, rows_of
-from olmo_jax.convert.safetensors_io import SafetensorsFolder
+from olmo_jax.convert.safetensors_io import SafetensorsFolder, common_dtype
 from olmo_jax.convert.table import Row
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
+
+# Small files of a transformers folder that go with a model, whatever becomes of its weights.
+TRAVELLING = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MAX_SMALL_FILE = 64 * 2**20
 
 
 class Source(Protocol):
@@ -26,7 +39,12 @@ class Source(Protocol):
 
     config: ModelConfig
     eos_token_id: int | None
-    tokenizer_json: bytes | None
+    files: Mapping[str, bytes]
+    """The small files that go along (`TRAVELLING`), those that are there; by name."""
+
+    def dtype(self, path: str) -> str:
+        """The type in which a weight is stored, by our dotted path."""
+        ...
 
     def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
         """A weight by our dotted path, (in, out); of a stacked one a single layer, if given, and
@@ -66,7 +84,7 @@ class TableSource:
     tensors: Tensors
     where: str | Path
     eos_token_id: int | None = None
-    tokenizer_json: bytes | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     """Names that may be there and hold nothing of the model."""
 
@@ -80,6 +98,19 @@ class TableSource:
                 f"{self.where}: the tensors are not those of its config: "
                 f"{len(missing)} missing {missing[:2]}, {len(extra)} unexpected {extra[:2]}"
             )
+        for row in self.rows:
+            shape = row.shape(self.config)
+            for name, _ in row.places(self.config):
+                if self.tensors.shape(name) != shape:
+                    raise UserError(
+                        f"{self.where}: {name} has shape {self.tensors.shape(name)}, its config "
+                        f"says {shape}"
+                    )
+
+    def dtype(self, path: str) -> str:
+        """The type in which a weight is stored; float32 where its layers' types differ."""
+        places = self._rows[path].places(self.config)
+        return common_dtype(self.tensors.dtype(name) for name, _ in places)
 
     def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
         row, config = self._rows[path], self.config
@@ -88,11 +119,6 @@ class TableSource:
         if row.by_expert and expert is None:
             return np.stack([self.read(path, layer, i) for i in range(config.n_experts)])
         name = row.theirs.format(layer=layer, expert=expert)
-        if self.tensors.shape(name) != row.shape(config):
-            raise UserError(
-                f"{self.where}: {name} has shape {self.tensors.shape(name)}, its config says "
-                f"{row.shape(config)}"
-            )
         rows = self.tensors.read(name, row.span(path, config) if row.layout == "rows" else None)
         return row.extract_span(rows, path, config)
 
@@ -102,18 +128,40 @@ def open_source(path: str | Path, step: int | None = None) -> Iterator[Source]:
     """Opens a run folder (its newest checkpoint, or `step`'s), a checkpoint, or a transformers
     folder. UserError says what was looked for."""
     folder = Path(path).expanduser()
-    with ExitStack() as stack:
-        if (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json"):
-            yield _transformers(folder, stack)
-            return
-        found = find_checkpoint(folder, step)
-        if found is None:
-            what = "is no folder" if not folder.is_dir() else "holds no model"
-            raise UserError(
-                f"{path}: {what}; give a run folder (with checkpoints/), a checkpoint in it, or a "
-                "transformers folder (with config.json and safetensors)"
-            )
-        yield _Checkpoint(*found)
+    if (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json"):
+        yield _transformers(folder)
+        return
+    found = find_checkpoint(folder, step)
+    if found is None:
+        what = "is no folder" if not folder.is_dir() else "holds no model"
+        raise UserError(
+            f"{path}: {what}; give a run folder (with checkpoints/), a checkpoint in it, or a "
+            "transformers folder (with config.json and safetensors)"
+        )
+    yield _Checkpoint(*found)
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """The contents of the `TRAVELLING` files that a folder has."""
+    paths = [folder / name for name in TRAVELLING]
+    try:
+        return {
+            path.name: path.read_bytes()
+            for path in paths
+            if path.is_file() and path.stat().st_size <= _MAX_SMALL_FILE
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def repaired_eos(config: ModelConfig, eos_token_id: int | None) -> int | None:
+    """The end-of-document id that a released model was trained with.
+
+    The first OLMo checkpoints say 0, while their data ended documents with 50279: as the original
+    converters do, that is put right for whatever has OLMo 1's norm and vocabulary.
+    """
+    early_olmo = config.norm == "layer_nonparametric" and config.vocab_size == 50280
+    return 50279 if early_olmo and eos_token_id == 0 else eos_token_id
 
 
 def parse_tokenizer(content: bytes, where: str | Path) -> Tokenizer:
@@ -141,36 +189,43 @@ class _Checkpoint:
         saved = reader.metadata(step)
         self.config = ModelConfig(**saved["config"]["Model"])
         self.eos_token_id = saved["config"]["Data"].get("eos_token_id")
-        try:
-            self.tokenizer_json: bytes | None = reader.read_file(step, "tokenizer.json")
-        except UserError:
-            self.tokenizer_json = None
+        self.files: Mapping[str, bytes] = {
+            name: reader.read_file(step, name)
+            for name in TRAVELLING
+            if (reader.path(step) / name).is_file()
+        }
         self._tensors = reader.tensors(step)
+
+    def dtype(self, path: str) -> str:
+        return str(self._tensors[path.replace(".", "/")].dtype.numpy_dtype)
 
     def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
         tensor = self._tensors[path.replace(".", "/")]
+        # In the order in which the bytes lie (streamed.py), so that nothing is transposed here.
+        order: Literal["C", "F"] = "F" if (tensor.chunk_layout.inner_order or (0,))[0] else "C"
         for index in (layer, expert):
             tensor = tensor if index is None else tensor[index]
-        return np.asarray(tensor.read().result())
+        return np.asarray(tensor.read(order=order).result())
 
 
-def _transformers(folder: Path, stack: ExitStack) -> TableSource:
+def _transformers(folder: Path) -> TableSource:
     """A folder that transformers wrote, or that we wrote for it."""
-    hf = _json(folder / "config.json")
-    file = folder / "tokenizer.json"
-    tokenizer_json = file.read_bytes() if file.is_file() else None
+    hf, files = _json(folder / "config.json"), small_files(folder)
     vocab_size = None
-    if tokenizer_json is not None:
-        vocab_size = parse_tokenizer(tokenizer_json, file).get_vocab_size()
+    if "tokenizer.json" in files:
+        where = folder / "tokenizer.json"
+        vocab_size = parse_tokenizer(files["tokenizer.json"], where).get_vocab_size()
     config, architecture = from_hf_config(hf, vocab_size)
     eos = hf.get("eos_token_id")
+    if isinstance(eos, list):
+        eos = eos[0] if eos else None
     return TableSource(
         config,
         rows_of(config, architecture),
-        SafetensorsFolder(folder, stack),
+        SafetensorsFolder(folder),
         folder,
-        eos[0] if isinstance(eos, list) else eos,
-        tokenizer_json,
+        repaired_eos(config, eos),
+        files,
         # Some programs write the tied head a second time.
         frozenset({"lm_head.weight"} if config.tie_embeddings else ()),
     )
