@@ -14,7 +14,7 @@ from flax import nnx
 
 from olmo_jax.errors import UserError
 from olmo_jax.generate.sampling import Sampling, sample
-from olmo_jax.model.layers import rope_tables
+from olmo_jax.model.rope import rope_tables
 from olmo_jax.model.transformer import Transformer
 from olmo_jax.ops.attention import AttentionMask
 
@@ -97,12 +97,12 @@ class Decoder(nnx.Module):
         """The final norm's output and the cache, with tokens at positions offset, offset + 1, …"""
         config = self.config
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] + offset
-        rope = rope_tables(config, positions_BT)
+        ropes, alibi = rope_tables(config, positions_BT), config.position == "alibi"
         x_BTD = self.embed.weight[...][tokens_BT].astype(config.compute_dtype)
         out = []
         for layer, window, kv in zip(self.layers, config.windows, cache, strict=True):
-            mask = AttentionMask(window=window, offset=offset)
-            x_BTD, kv = layer(x_BTD, rope, mask, kv)
+            mask = AttentionMask(window, offset=offset, alibi=alibi)
+            x_BTD, kv = layer(x_BTD, ropes.of(window), mask, kv)
             out.append(kv)
         return self.final_norm(x_BTD), out
 

@@ -61,7 +61,8 @@ class ModelConfig:
     rope_fraction: float = 1.0
     """Share of each head that is rotated (Pythia: 0.25)."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How full-attention layers stretch rotary frequencies beyond the original context."""
+    """How layers with full attention stretch rotary frequencies beyond the original context; those
+    with a window keep the plain ones."""
     rope_factor: float = 1.0
     """Stretch of the context (OLMo 3's long-context stage: 8)."""
     rope_original_context: int | None = None
@@ -93,11 +94,13 @@ class ModelConfig:
 
     tie_embeddings: bool = False
     """The head is the transposed embedding table."""
-    init: Literal["normal", "mitchell"] = "normal"
-    """Truncated normal at 3 sigma: "normal" with init_std everywhere (OLMo 2), "mitchell" with
-    1/sqrt(fan-in), scaled down with depth on the outputs (OLMo 1)."""
+    init: Literal["normal", "mitchell", "small", "scaled"] = "normal"
+    """Truncated normal at 3 sigma: "normal" with init_std everywhere (OLMo 2, 3), "mitchell" with
+    1/sqrt(fan-in), scaled down with depth on the outputs (OLMo 1). Plain normal: "small" with
+    sqrt(2 / (5 d_model)), outputs 2 / (n_layers sqrt(d_model)) (Pythia); "scaled" with init_std,
+    outputs init_std / sqrt(2 n_layers) (Pythia 6.9B and 12B)."""
     init_std: float = 0.02
-    """Standard deviation of init = "normal"."""
+    """Standard deviation of init = "normal" and "scaled"."""
     embedding_init_std: float | None = None
     """Standard deviation of the embedding table alone; None follows `init`."""
 
@@ -125,11 +128,12 @@ class ModelConfig:
             raise ValueError(
                 f"embedding_rows = {self.rows} is less than vocab_size = {self.vocab_size}"
             )
-        if self.head_width * self.rope_fraction % 2:
+        if self.position == "rope" and self.head_width * self.rope_fraction % 2:
             raise ValueError(
                 f"head_dim * rope_fraction = {self.head_width * self.rope_fraction:g}: "
                 "the rotated width must be even"
             )
+        self._check_rope_scaling()
         if not self.window_pattern or any(w < 0 for w in self.window_pattern):
             raise ValueError(
                 f"window_pattern = {self.window_pattern}: give one window or more, each >= 0"
@@ -145,6 +149,25 @@ class ModelConfig:
                 f"n_experts = {self.n_experts}"
             )
         return self
+
+    def _check_rope_scaling(self):
+        scaled = self.rope_scaling != "none"
+        if scaled and self.position != "rope":
+            raise ValueError(f'rope_scaling = "{self.rope_scaling}" needs position = "rope"')
+        if self.rope_factor != 1 and not scaled:
+            raise ValueError(
+                f"rope_factor = {self.rope_factor:g} without rope_scaling: give linear, llama3 or "
+                "yarn"
+            )
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor = {self.rope_factor:g}: it must be at least 1")
+        if self.rope_scaling in ("llama3", "yarn") and not self.rope_original_context:
+            raise ValueError(f'rope_scaling = "{self.rope_scaling}" needs rope_original_context')
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(
+                f"rope_high_freq_factor = {self.rope_high_freq_factor:g}: it must exceed "
+                f"rope_low_freq_factor = {self.rope_low_freq_factor:g}"
+            )
 
     @property
     def rows(self) -> int:

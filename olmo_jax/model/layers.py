@@ -1,4 +1,4 @@
-"""The parts of a block: projection, norm, rotary positions, attention, MLP.
+"""The parts of a block: projection, norm, attention, MLP.
 
 Parameters are made with a leading layer axis (L, …) and used without it: the scan over layers, or
 a decoder's loop, hands each call one layer's slice.
@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.init import Initializer, input_std, output_std
+from olmo_jax.model.rope import rotate
 from olmo_jax.ops.attention import AttentionMask, attention, attention_cached
 from olmo_jax.ops.kernels import Kernels
 from olmo_jax.ops.linear import linear
@@ -61,32 +62,13 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32, (B, T, 1, rope_dim / 2)."""
-    exponent = jnp.arange(0, config.rope_dim, 2, dtype=jnp.float32) / config.rope_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions in half-split layout on the first 2 · cos.shape[-1] dims of each head."""
-    cos, sin = rope
-    half = cos.shape[-1]
-    x = x_BTHC.astype(jnp.float32)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-    return out.astype(x_BTHC.dtype)
-
-
 class Attention(nnx.Module):
     """Multi-head attention with its four projections."""
 
     def __init__(self, init: Initializer, path: str, config: ModelConfig, kernels: Kernels):
         d, c = config.d_model, config.head_width
         heads, kv = config.n_heads * c, config.kv_heads * c
-        std = input_std(config.init, config.init_std, d)
-        out_std = output_std(config.init, config.init_std, d, config.n_layers)
+        std, out_std = input_std(config), output_std(config, d)
 
         def make(name, shape, axes, std):
             return Linear(init, f"{path}.{name}", config, kernels, shape, axes, std)
@@ -105,7 +87,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
         """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
-        cache (a pair of (B, K, S, C)) with this call's written at mask.offset."""
+        cache (a pair of (B, K, S, C)) with this call's written at mask.offset. rope is None where
+        nothing is rotated."""
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.clip is not None:
             q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
@@ -113,7 +96,8 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         B, T, _ = x_BTD.shape
         q_BTHC, k_BTKC, v_BTKC = (a.reshape(B, T, -1, self.head_width) for a in (q, k, v))
-        q_BTHC, k_BTKC = rotate(q_BTHC, rope), rotate(k_BTKC, rope)
+        if rope is not None:
+            q_BTHC, k_BTKC = rotate(q_BTHC, rope), rotate(k_BTKC, rope)
         if cache is None:
             kv = k_BTKC, v_BTKC
             out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask, self.form)
@@ -134,8 +118,7 @@ class MLP(nnx.Module):
 
     def __init__(self, init: Initializer, path: str, config: ModelConfig, kernels: Kernels):
         d, f = config.d_model, config.mlp_width
-        std = input_std(config.init, config.init_std, d)
-        out_std = output_std(config.init, config.init_std, f, config.n_layers)
+        std, out_std = input_std(config), output_std(config, f)
 
         def make(name, shape, axes, std):
             return Linear(init, f"{path}.{name}", config, kernels, shape, axes, std)

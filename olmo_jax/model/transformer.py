@@ -11,8 +11,9 @@ from flax import nnx
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.init import Initializer, input_std
-from olmo_jax.model.layers import MLP, Attention, Norm, rope_tables
+from olmo_jax.model.layers import MLP, Attention, Norm
 from olmo_jax.model.presets import preset
+from olmo_jax.model.rope import rope_tables
 from olmo_jax.ops.attention import AttentionMask
 from olmo_jax.ops.kernels import Kernels, pick_kernels
 
@@ -60,15 +61,15 @@ class Transformer(nnx.Module):
     """A decoder-only language model; `model(tokens_BT)` gives float32 logits_BTV."""
 
     def __init__(self, config: ModelConfig, seed: int = 0, kernels: Kernels | None = None):
-        if config.n_experts or config.rope_scaling != "none" or config.position != "rope":
+        if config.n_experts:
             raise UserError(
-                "this model has experts, RoPE scaling or ALiBi, which this version describes but "
-                "does not run: use n_experts = 0, rope_scaling = 'none', position = 'rope'"
+                "this model has experts, which this version describes but does not run: use "
+                "n_experts = 0"
             )
         self.config = config
         self.kernels = kernels or pick_kernels(jax.default_backend())
-        init = Initializer(seed)
-        d, std = config.d_model, input_std(config.init, config.init_std, config.d_model)
+        init = Initializer(seed, truncated=config.init in ("normal", "mitchell"))
+        d, std = config.d_model, input_std(config)
         embed_std = config.embedding_init_std or std
         self.embed = Table(init, "embed", (config.rows, d), ("vocab", "embed"), embed_std)
         self.layers = Block(init, config, self.kernels)
@@ -94,15 +95,15 @@ class Transformer(nnx.Module):
         """The final norm's output, (B, T, D), in the compute type."""
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        rope = rope_tables(self.config, positions_BT)
-        pattern = self.config.window_pattern
+        ropes = rope_tables(self.config, positions_BT)
+        pattern, alibi = self.config.window_pattern, self.config.position == "alibi"
         graph, weights = nnx.split(self.layers)
 
         def group(x_BTD, group_weights):
             for i, window in enumerate(pattern):
                 layer = jax.tree.map(lambda a, i=i: a[i], group_weights)
-                mask = AttentionMask(window=window, segment_ids_BT=segment_ids_BT)
-                x_BTD, _ = nnx.merge(graph, layer)(x_BTD, rope, mask)
+                mask = AttentionMask(window, segment_ids_BT, alibi=alibi)
+                x_BTD, _ = nnx.merge(graph, layer)(x_BTD, ropes.of(window), mask)
             return x_BTD, None
 
         if self.config.remat != "none":

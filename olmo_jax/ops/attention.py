@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: causal, windowed, within documents, grouped-query.
+"""Scaled dot-product attention: causal, windowed, within documents, grouped-query, ALiBi.
 
 A mask is data: `AttentionMask` says what may be seen, and each form turns it into what it needs.
 """
@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _NEVER = -1e30  # not -inf: a difference of two would be NaN
 
@@ -19,11 +20,24 @@ class AttentionMask:
     window: keys that a query sees, counting itself; 0 is all that came before.
     segment_ids_BT: documents; a query sees keys of its own segment only. None is one document.
     offset: index among the keys of the first query (more than 0 when decoding with a cache).
+    alibi: not what may be seen but how much it weighs: scores fall by a head's slope for each
+    token between query and key (see `alibi_slopes`).
     """
 
     window: int = 0
     segment_ids_BT: jax.Array | None = None
     offset: jax.Array | int = 0
+    alibi: bool = False
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """ALiBi's slope of each head, float32 (H,): 2^(-8 h / H) for h = 1 … H where H is a power of
+    two, else every other one of the next power's first (Press et al. 2022, in MPT's order)."""
+    power = 1 << (n_heads - 1).bit_length()
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    if power != n_heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:n_heads]
+    return slopes.astype(np.float32)
 
 
 def attention(
@@ -41,7 +55,7 @@ def attention(
     B, T, H, C = q_BTHC.shape
     K = k_BKSC.shape[1]
     q_BKGTC = q_BTHC.swapaxes(1, 2).reshape(B, K, H // K, T, C)
-    out_BKGTC = _blocked(q_BKGTC, k_BKSC, v_BKSC, mask.segment_ids_BT, mask.window)
+    out_BKGTC = _blocked(q_BKGTC, k_BKSC, v_BKSC, mask.segment_ids_BT, mask.window, mask.alibi)
     return out_BKGTC.reshape(B, H, T, C).swapaxes(1, 2)
 
 
@@ -52,31 +66,36 @@ def attention_cached(
     B, T, H, C = q_BTHC.shape
     K, S = k_BKSC.shape[1:3]
     q_BKGTC = q_BTHC.swapaxes(1, 2).reshape(B, K, H // K, T, C)
-    allowed = _allowed(mask, 0, T, 0, S)
-    weights = jax.nn.softmax(_scores(q_BKGTC, k_BKSC, allowed), axis=-1)
+    scores = _scores(q_BKGTC, k_BKSC, mask, slice(0, T), slice(0, S))
+    weights = jax.nn.softmax(scores, axis=-1)
     out_BKGTC = jnp.einsum("bkgts,bksc->bkgtc", weights.astype(v_BKSC.dtype), v_BKSC)
     return out_BKGTC.reshape(B, H, T, C).swapaxes(1, 2)
 
 
-def _allowed(mask: AttentionMask, t0: int, t1: int, s0: int, s1: int) -> jax.Array:
-    """What queries [t0, t1) may see of keys [s0, s1): (T, S) or, with segments, (B, 1, 1, T, S)."""
-    q_T1 = jnp.arange(t0, t1)[:, None] + mask.offset
-    k_1S = jnp.arange(s0, s1)[None, :]
+def _allowed(mask: AttentionMask, q_T1, k_1S, rows: slice, keys: slice) -> jax.Array:
+    """What the queries may see of the keys: (T, S) or, with segments, (B, 1, 1, T, S)."""
     allowed = k_1S <= q_T1
     if mask.window:
         allowed &= q_T1 - k_1S < mask.window
     if mask.segment_ids_BT is not None:
         ids = mask.segment_ids_BT
-        same_BTS = ids[:, t0:t1, None] == ids[:, None, s0:s1]
+        same_BTS = ids[:, rows, None] == ids[:, None, keys]
         allowed = (allowed & same_BTS)[:, None, None]
     return allowed
 
 
-def _scores(q_BKGTC, k_BKSC, allowed) -> jax.Array:
-    """float32 scores, (B, K, G, T, S), what is not allowed at `_NEVER`."""
-    q_BKGTC = q_BKGTC * q_BKGTC.shape[-1] ** -0.5
-    scores = jnp.einsum("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
-    return jnp.where(allowed, scores, _NEVER)
+def _scores(q_BKGTC, k_BKSC, mask: AttentionMask, rows: slice, keys: slice) -> jax.Array:
+    """float32 scores, (B, K, G, T, S), of queries `rows` and keys `keys`, what is not allowed at
+    `_NEVER`."""
+    q_T1 = jnp.arange(rows.start, rows.stop)[:, None] + mask.offset
+    k_1S = jnp.arange(keys.start, keys.stop)[None, :]
+    q, k = q_BKGTC[..., rows, :] * q_BKGTC.shape[-1] ** -0.5, k_BKSC[:, :, keys]
+    scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
+    if mask.alibi:
+        K, G = q.shape[1:3]
+        # Within a document positions and indices differ by a constant: no need of the former.
+        scores += alibi_slopes(K * G).reshape(K, G, 1, 1) * (k_1S - q_T1).astype(jnp.float32)
+    return jnp.where(_allowed(mask, q_T1, k_1S, rows, keys), scores, _NEVER)
 
 
 # --- the blocked form ---------------------------------------------------------------------------
@@ -98,21 +117,16 @@ def _blocks(T: int, window: int) -> list[tuple[slice, slice]]:
     return out
 
 
-def _block_scores(q_BKGTC, k_BKSC, mask: AttentionMask, rows: slice, keys: slice):
-    allowed = _allowed(mask, rows.start, rows.stop, keys.start, keys.stop)
-    return _scores(q_BKGTC[..., rows, :], k_BKSC[:, :, keys], allowed)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocked(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window: int, alibi: bool):
+    return _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window, alibi)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window: int):
-    return _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window)[0]
-
-
-def _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window):
-    mask = AttentionMask(window, segment_ids_BT)
+def _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window, alibi):
+    mask = AttentionMask(window, segment_ids_BT, alibi=alibi)
     outs, log_sums = [], []
     for rows, keys in _blocks(q_BKGTC.shape[3], window):
-        scores = _block_scores(q_BKGTC, k_BKSC, mask, rows, keys)
+        scores = _scores(q_BKGTC, k_BKSC, mask, rows, keys)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -125,9 +139,9 @@ def _blocked_forward(q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, window):
     return out_BKGTC, (q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, out_BKGTC, log_sum_BKGT1)
 
 
-def _blocked_backward(window, saved, d_out_BKGTC):
+def _blocked_backward(window, alibi, saved, d_out_BKGTC):
     q_BKGTC, k_BKSC, v_BKSC, segment_ids_BT, out_BKGTC, log_sum_BKGT1 = saved
-    mask = AttentionMask(window, segment_ids_BT)
+    mask = AttentionMask(window, segment_ids_BT, alibi=alibi)
     dtype, f32 = v_BKSC.dtype, jnp.float32
     inner_BKGT1 = jnp.sum(d_out_BKGTC.astype(f32) * out_BKGTC.astype(f32), axis=-1, keepdims=True)
     dqs = []
@@ -137,7 +151,7 @@ def _blocked_backward(window, saved, d_out_BKGTC):
     dv_BKCS = jnp.zeros_like(dk_BKCS)
     scale = q_BKGTC.shape[-1] ** -0.5
     for rows, keys in _blocks(q_BKGTC.shape[3], window):
-        scores = _block_scores(q_BKGTC, k_BKSC, mask, rows, keys)
+        scores = _scores(q_BKGTC, k_BKSC, mask, rows, keys)
         weights = jnp.exp(scores - log_sum_BKGT1[..., rows, :])
         d_out = d_out_BKGTC[..., rows, :]
         d_weights = jnp.einsum(

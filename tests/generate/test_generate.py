@@ -33,6 +33,41 @@ VARIANTS = {
     "gqa": dataclasses.replace(TINY, n_kv_heads=2),
     "windows": dataclasses.replace(TINY, window_pattern=(5, 5, 5, 0)),
     "tied": dataclasses.replace(TINY, tie_embeddings=True),
+    "olmo3 long": dataclasses.replace(
+        TINY,
+        window_pattern=(5, 5, 5, 0),
+        rope_scaling="yarn",
+        rope_factor=8.0,
+        rope_original_context=64,
+    ),
+    "pythia": dataclasses.replace(
+        TINY,
+        norm="layer",
+        norm_place="pre",
+        qk_norm=False,
+        bias=True,
+        parallel_residual=True,
+        mlp="gelu",
+        rope_fraction=0.25,
+    ),
+    "llama3": dataclasses.replace(
+        TINY,
+        n_kv_heads=2,
+        norm_place="pre",
+        qk_norm=False,
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_context=64,
+    ),
+    "mpt": dataclasses.replace(
+        TINY,
+        norm="layer",
+        norm_place="pre",
+        qk_norm=False,
+        mlp="gelu",
+        position="alibi",
+        tie_embeddings=True,
+    ),
 }
 PROMPT = [5, 17, 3, 99, 2]
 

@@ -40,6 +40,34 @@ VARIANTS = {
     ),
     "windows": dataclasses.replace(TINY, window_pattern=(3, 3, 3, 0)),
     "irregular windows": dataclasses.replace(TINY, window_pattern=(3, 0, 5, 5)),
+    "olmo3 long": dataclasses.replace(
+        TINY,
+        window_pattern=(3, 3, 3, 0),
+        rope_scaling="yarn",
+        rope_factor=8.0,
+        rope_original_context=16,
+    ),
+    "llama3": dataclasses.replace(
+        TINY,
+        norm_place="pre",
+        qk_norm=False,
+        head_dim=6,
+        rope_scaling="llama3",
+        rope_factor=4.0,
+        rope_original_context=16,
+    ),
+    "mpt": dataclasses.replace(
+        TINY,
+        n_heads=6,
+        head_dim=4,
+        n_kv_heads=None,
+        norm="layer",
+        norm_place="pre",
+        qk_norm=False,
+        mlp="gelu",
+        position="alibi",
+        tie_embeddings=True,
+    ),
 }
 
 
@@ -150,6 +178,35 @@ def test_initial_scales_are_the_published_ones():
         assert down == pytest.approx(0.9866 / np.sqrt(2 * 512 * (layer + 1)), rel=0.02)
 
 
+def test_pythias_initial_scales_are_the_published_ones():
+    wide = ModelConfig(
+        vocab_size=512, d_model=256, n_layers=3, n_heads=4, mlp_width=1024, mlp="gelu", init="small"
+    )
+    small, scaled = (
+        parameters(init(dataclasses.replace(wide, init=i))) for i in ("small", "scaled")
+    )
+    for model, std, out_std in (
+        (small, np.sqrt(2 / (5 * 256)), 2 / (3 * np.sqrt(256))),
+        (scaled, 0.02, 0.02 / np.sqrt(2 * 3)),
+    ):
+        layers = model["layers"]
+        for a in (model["embed"], model["lm_head"], layers["attention"]["q"], layers["mlp"]["up"]):
+            assert np.std(a["weight"]) == pytest.approx(std, rel=0.01)
+            assert np.abs(a["weight"]).max() > 3.5 * std  # not cut
+        for a in (layers["attention"]["out"], layers["mlp"]["down"]):
+            assert np.std(a["weight"]) == pytest.approx(out_std, rel=0.01)
+
+
+def test_rope_is_scaled_on_full_attention_layers_only():
+    yarn = dict(rope_scaling="yarn", rope_factor=8.0, rope_original_context=16)
+    a = tokens(1, 12)
+    for pattern, same in (((64,), True), ((0,), False), ((64, 64, 64, 0), False)):
+        plain = init(dataclasses.replace(TINY, window_pattern=pattern, init_std=0.3))
+        config = dataclasses.replace(plain.config, **yarn)
+        scaled = bind(abstract_model(config), parameters(plain))
+        assert np.array_equal(plain(a), scaled(a)) == same
+
+
 def test_what_cannot_run_yet_is_refused_by_name():
     with pytest.raises(UserError, match="experts"):
         init(dataclasses.replace(TINY, n_experts=4, experts_per_token=2))
@@ -164,6 +221,10 @@ def test_what_cannot_run_yet_is_refused_by_name():
         ({"window_pattern": (1, 2, 3)}, "do not divide"),
         ({"rope_fraction": 0.3}, "must be even"),
         ({"mlp_width": 0}, "at least 1"),
+        ({"rope_factor": 8.0}, "without rope_scaling"),
+        ({"rope_scaling": "yarn", "rope_factor": 8.0}, "needs rope_original_context"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "at least 1"),
+        ({"rope_scaling": "linear", "position": "alibi"}, 'needs position = "rope"'),
     ],
 )
 def test_impossible_shapes_are_refused(changes, words):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.ops.attention import AttentionMask, attention
+from olmo_jax.ops.attention import AttentionMask, alibi_slopes, attention
 
 B, T, H, K, C = 2, 9, 4, 2, 8
 RNG = np.random.default_rng(0)
@@ -13,7 +13,7 @@ Q, KEYS, VALUES = (RNG.normal(size=(B, T, n, C)).astype(np.float32) for n in (H,
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 2, 2, 2]])
 
 
-def plain(window, segments):
+def plain(window, segments, slopes=(0,) * H):
     out = np.zeros_like(Q)
     for b in range(B):
         for h in range(H):
@@ -26,6 +26,7 @@ def plain(window, segments):
                     and (segments is None or segments[b, s] == segments[b, t])
                 ]
                 scores = k[seen] @ Q[b, t, h] / np.sqrt(C)
+                scores -= slopes[h] * (t - np.array(seen))
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights @ v[seen] / weights.sum()
     return out
@@ -34,21 +35,26 @@ def plain(window, segments):
 @pytest.mark.parametrize("form", ["reference", "blocked"])
 @pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "segments"])
-def test_equals_the_plain_loop(window, segments, form):
-    mask = AttentionMask(window=window, segment_ids_BT=segments)
-    np.testing.assert_allclose(
-        attention(Q, KEYS, VALUES, mask, form), plain(window, segments), rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("slopes", [(0, 0, 0, 0), (0.25, 0.0625, 0.015625, 0.00390625)])
+def test_equals_the_plain_loop(window, segments, slopes, form):
+    mask = AttentionMask(window=window, segment_ids_BT=segments, alibi=any(slopes))
+    want = plain(window, segments, slopes)
+    np.testing.assert_allclose(attention(Q, KEYS, VALUES, mask, form), want, rtol=1e-5, atol=1e-6)
+
+
+def test_alibi_slopes_of_a_head_count_that_is_no_power_of_two():
+    assert alibi_slopes(6).tolist() == [2.0**-e for e in (2, 4, 6, 8, 1, 3)]
 
 
 @pytest.mark.parametrize("window", [0, 1, 40, 200])
 @pytest.mark.parametrize("segmented", [False, True])
-def test_the_blocked_form_has_the_references_values_and_gradients(window, segmented):
+@pytest.mark.parametrize("alibi", [False, True])
+def test_the_blocked_form_has_the_references_values_and_gradients(window, segmented, alibi):
     T = 300  # three blocks, the last one short
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, C)), jnp.float32) for n in (H, K, K))
     segments = np.sort(rng.integers(0, 4, (B, T)), axis=1) if segmented else None
-    mask = AttentionMask(window=window, segment_ids_BT=segments)
+    mask = AttentionMask(window=window, segment_ids_BT=segments, alibi=alibi)
     weights = rng.normal(size=(B, T, H, C)).astype(np.float32)
 
     def total(form):
@@ -63,13 +69,14 @@ def test_the_blocked_form_has_the_references_values_and_gradients(window, segmen
         np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max() + 1e-5)
 
 
-def test_the_blocked_form_keeps_no_scores_for_the_backward_pass():
+@pytest.mark.parametrize("alibi", [False, True])
+def test_the_blocked_form_keeps_no_scores_for_the_backward_pass(alibi):
     T = 1024
     q = jnp.zeros((1, T, 1, C))
 
     def memory(form):
         def total(q):
-            return jnp.sum(attention(q, q, q, AttentionMask(), form))
+            return jnp.sum(attention(q, q, q, AttentionMask(alibi=alibi), form))
 
         compiled = jax.jit(jax.grad(total)).lower(q).compile()
         return compiled.memory_analysis().temp_size_in_bytes
