@@ -202,7 +202,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():
-            index = _weight_map(folder / INDEX)
+            index = weight_map(folder / INDEX)
         elif (folder / SINGLE).is_file():
             index = None
         else:
@@ -233,7 +233,7 @@ class SafetensorsFolder:
         return values if rows is None else values[rows]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor to file name, as an index says; only files beside the index are taken."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]

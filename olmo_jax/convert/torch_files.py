@@ -7,7 +7,6 @@ interpreted, through an allow-list; the rest is mapped, and pages in as it is re
 """
 
 import io
-import json
 import math
 import struct
 import zipfile
@@ -19,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from olmo_jax.convert.safetensors_io import weight_map
 from olmo_jax.convert.torch_pickle import Allowed, unpickle
 from olmo_jax.errors import UserError
 
@@ -131,19 +131,6 @@ class TorchTensors:
         """A tensor as it is stored, or some of its first axis; a view of the mapped file."""
         values = self._refs[name].read()
         return values if rows is None else values[rows]
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor to file name, as an index says; only files beside the index are taken."""
-    try:
-        found = json.loads(index.read_text())["weight_map"]
-        assert all(isinstance(name, str) for name in found.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{index}: is no index of tensors; write the folder again") from None
-    outside = sorted(name for name in found.values() if Path(name).name != name)
-    if outside:
-        raise UserError(f"{index}: names a file outside its folder, {outside[0]!r}: refused")
-    return found
 
 
 def read_state_dict(path: Path) -> dict[str, TensorRef]:
