@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from olmo_jax.convert.safetensors_io import Planned
+from olmo_jax.convert.safetensors_io import Planned, Progress
 from olmo_jax.convert.torch_files import DTYPES, MappedFile, TensorRef, read_archive
 from olmo_jax.convert.torch_pickle import Allowed, Call, Instance, Name, Pairs, pickled, unpickle
-from olmo_jax.convert.torch_write import Archive, Progress, pieces, tensor_call, values_of
+from olmo_jax.convert.torch_write import Archive, content, tensor_call
 from olmo_jax.errors import UserError
 
 METADATA = ".metadata"
@@ -203,7 +203,6 @@ def _classes() -> Allowed:
 def write_distcp(
     folder: Path,
     tensors: Sequence[Planned],
-    dtype: str,
     max_file_bytes: int,
     progress: Progress | None = None,
     prefix: str = "model",
@@ -214,29 +213,28 @@ def write_distcp(
     `progress(done, total)` counts bytes. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    total = sum(math.prod(t.shape) for t in tensors) * DTYPES[dtype].itemsize
+    total = sum(t.nbytes for t in tensors)
     entries: dict[str, Instance] = {}
     storage: list[tuple[Any, Any]] = []
     done = at = number = 0
     file = open(folder / "__0_0.distcp", "wb")  # noqa: SIM115 (a new one when this is full)
     try:
         for tensor in tensors:
-            values = values_of(tensor, dtype)
-            if at and at + values.nbytes > max_file_bytes:
+            if at and at + tensor.nbytes > max_file_bytes:
                 file.close()
                 number, at = number + 1, 0
                 file = open(folder / f"__0_{number}.distcp", "wb")  # noqa: SIM115
             archive = Archive(file, "archive")
-            archive.start(tensor_call(tensor.shape, dtype, "0"))
-            archive.add("data/0", pieces(values), values.nbytes)
+            archive.start(tensor_call(tensor, "0"))
+            archive.add("data/0", content(tensor), tensor.nbytes)
             length = archive.finish()
             name = f"{prefix}.{tensor.name}"
-            entries[name] = _tensor(tensor.shape, dtype)
+            entries[name] = _tensor(tensor.shape, tensor.dtype)
             index = {"fqn": name, "index": 0, "offset": _size((0,) * len(tensor.shape))}
             place = {"relative_path": f"__0_{number}.distcp", "offset": at, "length": length}
             storage.append((_record("MetadataIndex", index), Instance(Name(*_STORAGE_INFO), place)))
             at += length
-            done += values.nbytes
+            done += tensor.nbytes
             if progress:
                 progress(done, total)
     finally:

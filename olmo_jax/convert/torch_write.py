@@ -7,73 +7,54 @@ begin at multiples of 64 bytes from the archive's start, as torch's own do.
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from olmo_jax.convert.safetensors_io import Planned
-from olmo_jax.convert.torch_files import DTYPES, STORAGES
+from olmo_jax.convert.safetensors_io import Planned, Progress
+from olmo_jax.convert.torch_files import STORAGES
 from olmo_jax.convert.torch_pickle import Call, Name, Persistent, pickled
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes written so far, and all of them."""
 
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNMENT = 64
-_PIECE = 1 << 24
 
 
 def write_state_dict(
-    path: Path,
-    tensors: Sequence[Planned],
-    dtype: str,
-    progress: Progress | None = None,
+    path: Path, tensors: Sequence[Planned], progress: Progress | None = None
 ) -> None:
     """Writes a state dict: each tensor is asked for when it is due, and is then let go.
 
     `progress(done, total)` counts bytes. Raises OSError.
     """
-    total = sum(math.prod(t.shape) for t in tensors) * DTYPES[dtype].itemsize
-    state = {t.name: tensor_call(t.shape, dtype, str(i)) for i, t in enumerate(tensors)}
-    done = 0
+    total, done = sum(t.nbytes for t in tensors), 0
+    state = {t.name: tensor_call(t, str(i)) for i, t in enumerate(tensors)}
     with open(path, "wb") as file:
         archive = Archive(file, path.stem)
         archive.start(state)
         for i, tensor in enumerate(tensors):
-            values = values_of(tensor, dtype)
-            archive.add(f"data/{i}", pieces(values), values.nbytes)
-            done += values.nbytes
+            archive.add(f"data/{i}", content(tensor), tensor.nbytes)
+            done += tensor.nbytes
             if progress:
                 progress(done, total)
         archive.finish()
 
 
-def tensor_call(shape: tuple[int, ...], dtype: str, key: str) -> Call:
+def tensor_call(tensor: Planned, key: str) -> Call:
     """What rebuilds a row-major tensor from the whole of the storage `key`."""
-    elements = math.prod(shape)
-    storage = ("storage", Name("torch", _STORAGE_OF[dtype]), key, "cpu", elements)
+    shape, elements = tensor.shape, math.prod(tensor.shape)
+    storage = ("storage", Name("torch", _STORAGE_OF[tensor.dtype]), key, "cpu", elements)
     strides = tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
     hooks = Call(Name("collections", "OrderedDict"), ())
     args = (Persistent(storage), 0, shape, strides, False, hooks)
     return Call(Name("torch._utils", "_rebuild_tensor_v2"), args)
 
 
-def values_of(tensor: Planned, dtype: str) -> np.ndarray:
-    """A planned tensor's values, row-major and of the type they are written in."""
-    # ascontiguousarray: a transpose is a view, whose bytes are in the other order.
-    values = np.ascontiguousarray(tensor.read().astype(DTYPES[dtype], copy=False))
-    values = values.reshape(tensor.shape) if tensor.shape == () else values
-    assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
-    return values
-
-
-def pieces(values: np.ndarray) -> Iterable[memoryview]:
-    """A row-major array's bytes, at most 16 MiB at a time."""
-    flat = values.reshape(-1).view(np.uint8)
-    for at in range(0, flat.size, _PIECE):
-        yield flat[at : at + _PIECE].data
+def content(tensor: Planned) -> Iterator[memoryview]:
+    """A tensor's bytes in row-major order, some MiB at a time."""
+    for block in tensor.blocks():
+        yield block.reshape(-1).view(np.uint8).data
 
 
 class Archive:

@@ -201,8 +201,8 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path):
         TorchTensors(tmp_path, "far.pt")
 
 
-def _planned(state: dict[str, np.ndarray]) -> list[Planned]:
-    return [Planned(name, values.shape, lambda v=values: v) for name, values in state.items()]
+def _planned(state: dict[str, np.ndarray], dtype: str = "float32") -> list[Planned]:
+    return [Planned(name, v.shape, dtype, lambda v=v: v) for name, v in state.items()]
 
 
 def _arrays() -> dict[str, np.ndarray]:
@@ -216,7 +216,7 @@ def _arrays() -> dict[str, np.ndarray]:
 def test_torch_loads_what_we_write(tmp_path, dtype):
     state = _arrays()
     told = []
-    write_state_dict(tmp_path / "model.pt", _planned(state), dtype, lambda *at: told.append(at))
+    write_state_dict(tmp_path / "model.pt", _planned(state, dtype), lambda *at: told.append(at))
     want = {n: torch.from_numpy(v.copy()).to(getattr(torch, dtype)) for n, v in state.items()}
     for mmap in (False, True):
         got = torch.load(tmp_path / "model.pt", weights_only=True, mmap=mmap)
@@ -227,7 +227,7 @@ def test_torch_loads_what_we_write(tmp_path, dtype):
     _assert_equal(TorchTensors(tmp_path, "model.pt"), want)
     assert told[-1][0] == told[-1][1] == sum(t.numel() * t.element_size() for t in want.values())
     before = (tmp_path / "model.pt").read_bytes()
-    write_state_dict(tmp_path / "model.pt", _planned(state), dtype)
+    write_state_dict(tmp_path / "model.pt", _planned(state, dtype))
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
@@ -240,19 +240,19 @@ def test_distributed_folder_of_torch_s_own_writer(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_distributed_folder_round_trip(tmp_path, dtype):
     state = _arrays()
-    write_distcp(tmp_path, _planned(state), dtype, max_file_bytes=100_000)
+    write_distcp(tmp_path, _planned(state, dtype), max_file_bytes=100_000)
     files = sorted(f.name for f in tmp_path.iterdir())
     assert files == [".metadata", "__0_0.distcp", "__0_1.distcp"] or len(files) > 3
     want = {n: torch.from_numpy(v.copy()).to(getattr(torch, dtype)) for n, v in state.items()}
     _assert_equal(DistcpTensors(tmp_path), want)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    write_distcp(tmp_path, _planned(state), dtype, max_file_bytes=100_000)
+    write_distcp(tmp_path, _planned(state, dtype), max_file_bytes=100_000)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
 def test_damaged_distributed_folders_are_named(tmp_path):
     good = tmp_path / "good"
-    write_distcp(good, _planned(_arrays()), "float32", max_file_bytes=100_000)
+    write_distcp(good, _planned(_arrays()), max_file_bytes=100_000)
 
     def copy(name):
         shutil.copytree(good, tmp_path / name)
