@@ -7,7 +7,7 @@ Array names carry their axes as a suffix, everywhere in this package:
     B batch            T query positions   S key positions    D model width
     H query heads      K key/value heads   G query heads per key head
     C head width       F MLP width         V vocabulary       E experts
-    L layers           N tokens (B * T)
+    L layers           N tokens (B * T)    A experts that a token visits
 """
 
 from typing import TYPE_CHECKING

@@ -17,6 +17,9 @@ class Kernels:
     attention: Literal["blocked", "reference"] = "blocked"
     """"blocked": only what the mask can show, a block of queries at a time; "reference": einsum,
     softmax, einsum, with the whole (T, S) scores in memory."""
+    experts: Literal["grouped", "ragged", "reference"] = "ragged"
+    """"grouped": blocks of tokens of one expert in a loop; "ragged": XLA's own grouped product;
+    "reference": every expert on every token."""
     layers: Literal["scanned", "unrolled"] = "scanned"
     """"scanned" compiles one layer and runs it L times; "unrolled" compiles them all."""
     cross_entropy_tokens: int = 2048
@@ -27,5 +30,7 @@ class Kernels:
 def pick_kernels(platform: str) -> Kernels:
     """The forms for a platform ("cpu", "gpu", "cuda", "tpu"), as `mesh.devices[...].platform`."""
     if platform == "cpu":
-        return Kernels(linear="flat", layers="unrolled", cross_entropy_tokens=1024)
+        return Kernels(
+            linear="flat", experts="grouped", layers="unrolled", cross_entropy_tokens=1024
+        )
     return Kernels(notes=(f"attention: no fused form for {platform} yet, taking the blocked form",))
