@@ -20,7 +20,7 @@ def transformers_config(shape: str):
     """The same shape for `Olmo2ForCausalLM`."""
     from transformers import Olmo2Config
 
-    from olmo_jax.convert.hf import to_hf_config
+    from olmo_jax.convert.hf_config import to_hf_config
 
     return Olmo2Config(**to_hf_config(SHAPES[shape], "float32", None, None))
 

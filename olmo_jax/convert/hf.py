@@ -1,19 +1,90 @@
-"""transformers' names and configuration of each architecture, one table read in both directions.
+"""transformers' architectures: their tensors' names, and which choices of ours each stands for.
 
-Knows names and fields; bytes and files are safetensors_io.py's, and writing a folder export.py's.
+Fields of config.json are hf_config.py's, bytes and files safetensors_io.py's.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from olmo_jax.convert.table import Layout, Row, rows_for
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """A transformers class: one table for its weights, and one for its config.json."""
+
+    class_name: str
+    model_type: str
+    rows: tuple[Row, ...]
+    choices: Mapping[str, Any]
+    """Fields of `ModelConfig` that every model of the class has in common. `init` only fills in
+    what config.json does not tell."""
+    fields: Mapping[str, str]
+    """Their field (a.b: field b of the object a) and ours, equal in value."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the class takes for those of `fields` that a config.json lacks."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that change what is computed, with the only value that is computed here (which is the
+    class's default too)."""
+    rope: Literal["plain", "by layer type", "neox", "none"] = "plain"
+    """How RoPE is written: one set of parameters, one for each type of layer (OLMo 3, with the
+    windows), GPT-NeoX's names, or not at all."""
+    activations: Mapping[str, str] = field(default_factory=lambda: {"silu": "swiglu"})
+    """`hidden_act` and our `mlp`; the first of several names is the one that is written."""
+    buffers: tuple[str, ...] = ()
+    """Tensors that older versions of the class wrote and that hold nothing of the model."""
+
+    @property
+    def windows(self) -> bool:
+        """Whether layers may have attention windows."""
+        return self.rope == "by layer type"
+
+    def differences(self, config: ModelConfig) -> list[str]:
+        """What of `config` the class cannot compute, each as a phrase."""
+        out = [
+            f"{name} = {getattr(config, name)!r} (it has {value!r})"
+            for name, value in self.choices.items()
+            if name != "init" and getattr(config, name) != value
+        ]
+        widths = {window for window in config.windows if window}
+        if len(widths) > self.windows:
+            has = "one width of window" if self.windows else "none"
+            out.append(f"window_pattern = {config.window_pattern} (it has {has})")
+        ours = self.fields.values()
+        if "n_kv_heads" not in ours and config.kv_heads != config.n_heads:
+            out.append(f"n_kv_heads = {config.kv_heads} (it has as many as n_heads)")
+        if "head_dim" not in ours and config.head_width * config.n_heads != config.d_model:
+            usual = config.d_model / config.n_heads
+            out.append(f"head_dim = {config.head_width} (it has d_model / n_heads = {usual:g})")
+        if "mlp_width" not in ours and config.mlp_width != 4 * config.d_model:
+            out.append(f"mlp_width = {config.mlp_width} (it has 4 d_model)")
+        if config.mlp not in self.activations.values():
+            out.append(f"mlp = {config.mlp!r} (it has {' or '.join(self.activations.values())})")
+        return out
+
+
 def _one(theirs: str, ours: str, layout: Layout = "transposed") -> Row:
     return Row(theirs, (ours,), layout)
 
+
+def _with_bias(theirs: str, ours: tuple[str, ...], layout: Layout = "transposed") -> list[Row]:
+    """The rows of a projection and of its bias, names without their last part."""
+    bias: Layout = "same" if layout == "transposed" else layout
+    return [
+        Row(f"{theirs}.{leaf}", tuple(f"{path}.{leaf}" for path in ours), how)
+        for leaf, how in (("weight", layout), ("bias", bias))
+    ]
+
+
+def _norm(theirs: str, ours: str) -> list[Row]:
+    return [_one(f"{theirs}.{leaf}", f"{ours}.{leaf}", "same") for leaf in ("weight", "bias")]
+
+
+_QKV = ("layers.attention.q", "layers.attention.k", "layers.attention.v")
+_QKV_WEIGHTS = tuple(f"{path}.weight" for path in _QKV)
 
 _LAYER = "model.layers.{layer}."
 _COMMON = (
@@ -27,79 +98,192 @@ _COMMON = (
     _one(_LAYER + "mlp.down_proj.weight", "layers.mlp.down.weight"),
     _one("lm_head.weight", "lm_head.weight"),
 )
-_OLMO2 = (
+_LLAMA_NORMS = (
+    _one(_LAYER + "input_layernorm.weight", "layers.attention_norm.weight", "same"),
+    _one(_LAYER + "post_attention_layernorm.weight", "layers.mlp_norm.weight", "same"),
+    _one("model.norm.weight", "final_norm.weight", "same"),
+)
+_OLMO2_NORMS = (
     _one(_LAYER + "self_attn.q_norm.weight", "layers.attention.q_norm.weight", "same"),
     _one(_LAYER + "self_attn.k_norm.weight", "layers.attention.k_norm.weight", "same"),
     _one(_LAYER + "post_attention_layernorm.weight", "layers.attention_norm.weight", "same"),
     _one(_LAYER + "post_feedforward_layernorm.weight", "layers.mlp_norm.weight", "same"),
     _one("model.norm.weight", "final_norm.weight", "same"),
 )
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A transformers class: its table, and the choices of `ModelConfig` that it stands for."""
-
-    class_name: str
-    model_type: str
-    rows: tuple[Row, ...]
-    choices: tuple[tuple[str, Any], ...]
-
-
-_PLAIN = (
-    ("bias", False),
-    ("parallel_residual", False),
-    ("mlp", "swiglu"),
-    ("position", "rope"),
-    ("rope_fraction", 1.0),
-    ("rope_scaling", "none"),
-    ("n_experts", 0),
+_NEOX_LAYER = "gpt_neox.layers.{layer}."
+_NEOX = (
+    _one("gpt_neox.embed_in.weight", "embed.weight", "same"),
+    *_with_bias(_NEOX_LAYER + "attention.query_key_value", _QKV, "heads"),
+    *_with_bias(_NEOX_LAYER + "attention.dense", ("layers.attention.out",)),
+    *_with_bias(_NEOX_LAYER + "mlp.dense_h_to_4h", ("layers.mlp.up",)),
+    *_with_bias(_NEOX_LAYER + "mlp.dense_4h_to_h", ("layers.mlp.down",)),
+    *_norm(_NEOX_LAYER + "input_layernorm", "layers.attention_norm"),
+    *_norm(_NEOX_LAYER + "post_attention_layernorm", "layers.mlp_norm"),
+    *_norm("gpt_neox.final_layer_norm", "final_norm"),
+    _one("embed_out.weight", "lm_head.weight"),
 )
+_MPT_LAYER = "transformer.blocks.{layer}."
+_MPT = (
+    _one("transformer.wte.weight", "embed.weight", "same"),
+    Row(_MPT_LAYER + "attn.Wqkv.weight", _QKV_WEIGHTS, "rows"),
+    _one(_MPT_LAYER + "attn.out_proj.weight", "layers.attention.out.weight"),
+    _one(_MPT_LAYER + "ffn.up_proj.weight", "layers.mlp.up.weight"),
+    _one(_MPT_LAYER + "ffn.down_proj.weight", "layers.mlp.down.weight"),
+    _one(_MPT_LAYER + "norm_1.weight", "layers.attention_norm.weight", "same"),
+    _one(_MPT_LAYER + "norm_2.weight", "layers.mlp_norm.weight", "same"),
+    _one("transformer.norm_f.weight", "final_norm.weight", "same"),
+    _one("lm_head.weight", "lm_head.weight"),
+)
+
+_PLAIN = dict(bias=False, parallel_residual=False, position="rope", rope_fraction=1.0, n_experts=0)
+_OLMO2_CHOICES = _PLAIN | dict(
+    norm="rms", norm_place="post", qk_norm=True, clip_qkv=None, init="normal"
+)
+_SIZES = {
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "max_position_embeddings": "context_length",
+    "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_LLAMA_SIZES = _SIZES | {"num_key_value_heads": "n_kv_heads"}
+_DEFAULTS = {"initializer_range": 0.02, "tie_word_embeddings": False, "num_key_value_heads": None}
+_NO_BIAS = {"attention_bias": False}
+_INV_FREQ = (_LAYER + "self_attn.rotary_emb.inv_freq",)
+
 ARCHITECTURES = (
     Architecture(
         "OlmoForCausalLM",
         "olmo",
         _COMMON,
-        (
-            ("norm", "layer_nonparametric"),
-            ("norm_eps", 1e-5),  # fixed inside transformers' OlmoLayerNorm
-            ("norm_place", "pre"),
-            ("qk_norm", False),
-            ("init", "mitchell"),
-            *_PLAIN,
+        _PLAIN
+        | dict(
+            norm="layer_nonparametric",
+            norm_eps=1e-5,  # fixed inside transformers' OlmoLayerNorm
+            norm_place="pre",
+            qk_norm=False,
+            init="mitchell",
         ),
+        _LLAMA_SIZES | {"clip_qkv": "clip_qkv"},
+        _DEFAULTS | {"clip_qkv": None},
+        _NO_BIAS,
     ),
     Architecture(
         "Olmo2ForCausalLM",
         "olmo2",
-        _COMMON + _OLMO2,
-        (
-            ("norm", "rms"),
-            ("norm_place", "post"),
-            ("qk_norm", True),
-            ("clip_qkv", None),
-            ("init", "normal"),
-            *_PLAIN,
+        _COMMON + _OLMO2_NORMS,
+        _OLMO2_CHOICES,
+        _LLAMA_SIZES | {"rms_norm_eps": "norm_eps"},
+        _DEFAULTS | {"rms_norm_eps": 1e-5},
+        _NO_BIAS,
+    ),
+    Architecture(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        _COMMON + _OLMO2_NORMS,
+        _OLMO2_CHOICES,
+        _LLAMA_SIZES | {"rms_norm_eps": "norm_eps"},
+        _DEFAULTS | {"rms_norm_eps": 1e-5},
+        _NO_BIAS,
+        rope="by layer type",
+    ),
+    Architecture(
+        "LlamaForCausalLM",
+        "llama",
+        _COMMON + _LLAMA_NORMS,
+        _PLAIN | dict(norm="rms", norm_place="pre", qk_norm=False, clip_qkv=None, init="normal"),
+        _LLAMA_SIZES | {"rms_norm_eps": "norm_eps", "head_dim": "head_dim"},
+        _DEFAULTS | {"rms_norm_eps": 1e-6, "head_dim": None},
+        _NO_BIAS | {"mlp_bias": False},
+        buffers=_INV_FREQ,
+    ),
+    Architecture(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _NEOX,
+        dict(
+            norm="layer",
+            norm_place="pre",
+            qk_norm=False,
+            clip_qkv=None,
+            bias=True,
+            position="rope",
+            n_experts=0,
+            init="small",
         ),
+        _SIZES | {"layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel_residual"},
+        _DEFAULTS | {"layer_norm_eps": 1e-5, "use_parallel_residual": True},
+        {"attention_bias": True},
+        rope="neox",
+        activations={
+            "gelu": "gelu",
+            "gelu_new": "gelu_tanh",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "gelu_fast": "gelu_tanh",
+        },
+        buffers=tuple(
+            _NEOX_LAYER + f"attention.{name}"
+            for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+        ),
+    ),
+    Architecture(
+        "MptForCausalLM",
+        "mpt",
+        _MPT,
+        dict(
+            norm="layer",
+            norm_place="pre",
+            qk_norm=False,
+            bias=False,
+            parallel_residual=False,
+            position="alibi",
+            n_experts=0,
+            init="normal",
+        ),
+        {
+            "d_model": "d_model",
+            "n_layers": "n_layers",
+            "n_heads": "n_heads",
+            "max_seq_len": "context_length",
+            "initializer_range": "init_std",
+            "tie_word_embeddings": "tie_embeddings",
+            "layer_norm_epsilon": "norm_eps",
+            "attn_config.clip_qkv": "clip_qkv",
+        },
+        {
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "layer_norm_epsilon": 1e-5,
+            "attn_config.clip_qkv": None,
+        },
+        {
+            "attn_config.alibi": True,
+            "attn_config.alibi_bias_max": 8,
+            "attn_config.attn_type": "multihead_attention",
+            "attn_config.prefix_lm": False,
+            "attn_config.qk_ln": False,
+            "attn_config.softmax_scale": None,
+            "expansion_ratio": 4,
+            "logit_scale": None,
+            "no_bias": True,
+        },
+        rope="none",
+        activations={"gelu": "gelu"},
     ),
 )
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
     """The transformers class that computes what `config` says. UserError when there is none."""
-    faults = []
-    for architecture in ARCHITECTURES:
-        differs = [
-            f"{field} = {getattr(config, field)!r} (it has {value!r})"
-            for field, value in architecture.choices
-            if field != "init" and getattr(config, field) != value
-        ]
-        if any(config.windows):
-            differs.append(f"window_pattern = {config.window_pattern} (it has none)")
+    differences = [(a, a.differences(config)) for a in ARCHITECTURES]
+    for architecture, differs in differences:
         if not differs:
             return architecture
-        faults.append(f"{architecture.class_name}: {', '.join(differs)}")
-    raise UserError(f"no transformers class computes this model; {'; '.join(faults)}")
+    nearest = sorted(differences, key=lambda item: len(item[1]))[:2]
+    faults = "; ".join(f"{a.class_name}: {', '.join(differs)}" for a, differs in nearest)
+    raise UserError(f"no transformers class computes this model; the nearest are {faults}")
 
 
 def rows_of(config: ModelConfig, architecture: Architecture) -> list[Row]:
@@ -107,90 +291,14 @@ def rows_of(config: ModelConfig, architecture: Architecture) -> list[Row]:
     return rows_for(config, architecture.rows)
 
 
-def to_hf_config(
-    config: ModelConfig, dtype: str, eos_token_id: int | None, pad_token_id: int | None
-) -> dict[str, Any]:
-    """config.json. `vocab_size` is the embedding's rows, as in the released checkpoints."""
-    architecture = architecture_of(config)
-    out: dict[str, Any] = {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
-        "vocab_size": config.rows,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "max_position_embeddings": config.context_length,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": config.init_std,
-        # transformers 4 reads rope_theta, 5 reads rope_parameters.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_scaling": None,
-        "tie_word_embeddings": config.tie_embeddings,
-        "use_cache": True,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+def ignored_names(config: ModelConfig, architecture: Architecture) -> frozenset[str]:
+    """Tensors that may be there and hold nothing of the model: buffers, and the tied head, which
+    some programs write a second time."""
+    names = {
+        name.format(layer=layer)
+        for name in architecture.buffers
+        for layer in range(config.n_layers)
     }
-    if config.head_width * config.n_heads != config.d_model:
-        raise UserError(
-            f"head_dim = {config.head_width}: {architecture.class_name} can only have "
-            f"d_model / n_heads = {config.d_model / config.n_heads:g}"
-        )
-    if config.norm == "rms":
-        out["rms_norm_eps"] = config.norm_eps
-    else:
-        out["clip_qkv"] = config.clip_qkv
-    return out
-
-
-def from_hf_config(
-    hf: dict[str, Any], vocab_size: int | None = None
-) -> tuple[ModelConfig, Architecture]:
-    """The model of a config.json. `vocab_size` is the tokenizer's, where there is one."""
-    by_type = {a.model_type: a for a in ARCHITECTURES}
-    kind = hf.get("model_type")
-    if kind not in by_type:
-        raise UserError(
-            f"model_type = {kind!r} in config.json: this version reads {', '.join(by_type)}"
-        )
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise UserError(f"config.json scales RoPE ({scaling}): this version reads plain RoPE only")
-    if hf.get("attention_bias"):
-        raise UserError("config.json has attention_bias: no OLMo has biases")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act = {hf['hidden_act']!r} in config.json: OLMo's is 'silu'")
-    architecture = by_type[kind]
-    fields = dict(architecture.choices)
-    if kind == "olmo2":
-        fields["norm_eps"] = hf.get("rms_norm_eps", 1e-5)  # the transformers class's default
-    else:
-        fields["clip_qkv"] = hf.get("clip_qkv")
-    try:
-        config = ModelConfig(
-            vocab_size=min(vocab_size or hf["vocab_size"], hf["vocab_size"]),
-            embedding_rows=hf["vocab_size"],
-            d_model=hf["hidden_size"],
-            n_layers=hf["num_hidden_layers"],
-            n_heads=hf["num_attention_heads"],
-            n_kv_heads=hf.get("num_key_value_heads"),
-            mlp_width=hf["intermediate_size"],
-            context_length=hf["max_position_embeddings"],
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 1e4)),
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            init_std=hf.get("initializer_range", 0.02),
-            **fields,
-        )
-    except KeyError as missing:
-        raise UserError(f"config.json lacks {missing}, which {kind} models have") from None
-    except ValueError as error:
-        raise UserError(f"config.json: {' '.join(str(error).split())}") from None
-    return config, architecture
+    if config.tie_embeddings:
+        names |= {row.theirs for row in architecture.rows if row.ours == ("lm_head.weight",)}
+    return frozenset(names)

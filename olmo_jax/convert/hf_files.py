@@ -6,7 +6,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from olmo_jax.convert.hf import architecture_of, rows_of, to_hf_config
+from olmo_jax.convert.hf import architecture_of, rows_of
+from olmo_jax.convert.hf_config import to_hf_config
 from olmo_jax.convert.safetensors_io import write_folder
 from olmo_jax.convert.source import Source
 from olmo_jax.convert.target import Options, planned, stored_dtype

@@ -20,6 +20,7 @@ _MUST_AGREE = (
     "clip_qkv",
     "parallel_residual",
     "mlp",
+    "position",
     "rope_theta",
     "rope_fraction",
     "window_pattern",

@@ -14,7 +14,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import CheckpointReader, find_checkpoint
-from olmo_jax.convert.hf import from_hf_config, rows_of
+from olmo_jax.convert.hf import ignored_names, rows_of
+from olmo_jax.convert.hf_config import from_hf_config
 from olmo_jax.convert.safetensors_io import SafetensorsFolder, common_dtype
 from olmo_jax.convert.table import Row
 from olmo_jax.errors import UserError
@@ -226,6 +227,5 @@ def _transformers(folder: Path) -> TableSource:
         folder,
         repaired_eos(config, eos),
         files,
-        # Some programs write the tied head a second time.
-        frozenset({"lm_head.weight"} if config.tie_embeddings else ()),
+        ignored_names(config, architecture),
     )
