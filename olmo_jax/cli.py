@@ -230,7 +230,7 @@ def report(
 
 @app.command()
 def models() -> None:
-    """List the released models that Model.preset knows, with their sizes.
+    """List the released models that Model.preset knows: sizes, data, licence, and our recipe.
 
     ```
     olmo-jax models
@@ -242,14 +242,21 @@ def models() -> None:
 
     from olmo_jax.model.presets import PRESETS
 
-    table = Table("preset", box=SIMPLE_HEAD)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("context", justify="right")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("preset", no_wrap=True)
+    for name in ("parameters", "context", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    for name, preset in PRESETS.items():
-        model = preset()
-        about = (preset.__doc__ or "").splitlines()[0]
-        table.add_row(name, f"{model.parameter_count():,}", f"{model.context_length:,}", about)
+    for name, released in PRESETS.items():
+        model = released.config()
+        facts = [released.about, f"data: {released.data}; licence: {released.licence}"]
+        table.add_row(
+            name,
+            f"{model.parameter_count():,}",
+            f"{model.context_length:,}",
+            f"{released.tokens / 1e12:.2f}T",
+            "\n".join([*facts, *([released.recipe] if released.recipe else [])]),
+        )
     Console().print(table)
 
 

@@ -147,8 +147,8 @@ def test_a_preset_is_the_base_and_other_bindings_override_it_in_any_order(name):
     rest = SMALL[-2:]
     whole = load_config([], [f"Model.preset='{name}'", *rest]).model
     assert whole == preset(name)
-    before = load_config([], ["Model.n_layers=2", f"Model.preset='{name}'", *rest]).model
-    assert before == replace(preset(name), n_layers=2)
+    before = load_config([], ["Model.n_layers=4", f"Model.preset='{name}'", *rest]).model
+    assert before == replace(preset(name), n_layers=4)
 
 
 def test_macros_lists_and_whole_floats(tmp_path):

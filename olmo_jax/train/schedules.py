@@ -54,6 +54,9 @@ class ScheduleConfig:
     final_fraction: float = 0.1
     """The last value as a share of the peak (the originals' alpha_f, whose default this is). WSD
     and power end at 0 in OLMo-core; inverse_sqrt, which has no end, goes towards it (OLMo: 0)."""
+    floor_fraction: float = 0.0
+    """cosine: the rate, once warmed up, is never below this share of the peak (GPT-NeoX's
+    min_lr)."""
     decay: int | None = None
     """wsd and power: length of the linear decay at the end, in `units`."""
     decay_fraction: float | None = None
@@ -89,6 +92,7 @@ class ScheduleConfig:
             "warmup_fraction",
             "warmup_start_fraction",
             "final_fraction",
+            "floor_fraction",
             "decay_fraction",
         ):
             value = getattr(self, name)
@@ -101,6 +105,8 @@ class ScheduleConfig:
             raise ValueError(f'kind = "{self.kind}" has no warm-up of its own: use {use}')
         if self.kind not in ("wsd", "power") and (self.decay or self.decay_fraction):
             raise ValueError(f'kind = "{self.kind}" has no decay at its end: use "wsd" or "power"')
+        if self.floor_fraction and self.kind != "cosine":
+            raise ValueError(f'floor_fraction goes with kind = "cosine", not "{self.kind}"')
         if self.decay is not None and self.decay < 0:
             raise ValueError(f"decay = {self.decay}: it must be at least 0")
         if self.exponent >= 0:
@@ -205,10 +211,11 @@ def _value(config: ScheduleConfig, peak: float, current: int, length: int) -> fl
                 return _decayed(tail, end, length - current, decay)
             return peak * (current / warmup) ** config.exponent
     if current >= length:
-        return end
+        return max(end, peak * config.floor_fraction)
     match config.kind:
         case "cosine":
-            return end + (peak - end) * (1 + math.cos(math.pi * done / span)) / 2
+            value = end + (peak - end) * (1 + math.cos(math.pi * done / span)) / 2
+            return max(value, peak * config.floor_fraction)
         case "half_cosine":
             return end + (peak - end) * (1 + math.cos(math.pi * (done + span) / (span * 2))) / 2
         case "linear":
