@@ -126,18 +126,28 @@ class TableSource:
 
 @contextmanager
 def open_source(path: str | Path, step: int | None = None) -> Iterator[Source]:
-    """Opens a run folder (its newest checkpoint, or `step`'s), a checkpoint, or a transformers
-    folder. UserError says what was looked for."""
+    """Opens a run folder (its newest checkpoint, or `step`'s), a checkpoint, a transformers folder,
+    or one of the original OLMo program. UserError says what was looked for."""
+    from olmo_jax.convert import olmo_files  # it needs what this file defines
+
     folder = Path(path).expanduser()
-    if (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json"):
+    hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if olmo_files.is_hf_olmo(hf):
+        yield olmo_files.open_hf_olmo(folder, hf)
+        return
+    if "model_type" in hf:
         yield _transformers(folder)
+        return
+    if (folder / olmo_files.CONFIG).is_file():
+        yield olmo_files.open_olmo(folder)
         return
     found = find_checkpoint(folder, step)
     if found is None:
         what = "is no folder" if not folder.is_dir() else "holds no model"
         raise UserError(
-            f"{path}: {what}; give a run folder (with checkpoints/), a checkpoint in it, or a "
-            "transformers folder (with config.json and safetensors)"
+            f"{path}: {what}; give a run folder (with checkpoints/), a checkpoint in it, a "
+            "transformers folder (with config.json and safetensors), or an OLMo folder (with "
+            "config.yaml and model.pt)"
         )
     yield _Checkpoint(*found)
 
