@@ -84,15 +84,17 @@ def _source(folder: Path, model: dict[str, Any], where: str, tensors: Tensors) -
 def _decoded(name: str, folder: Path) -> str:
     """A tensor's name. ai2-olmo's own safetensors have, for a name, base64 of a pickle of
     ((name,), False): it is read with no class or function allowed in it."""
-    if "." in name:
-        return name
     try:
-        pickle = io.BytesIO(base64.b64decode(name, b"-_", validate=True))
-        (plain,), is_pickled = unpickle(pickle, {}, f"{folder}: a tensor's name")
-        assert isinstance(plain, str) and is_pickled is False
-        return plain
-    except (binascii.Error, ValueError, TypeError, AssertionError):
+        content = base64.b64decode(name, b"-_", validate=True)
+    except (binascii.Error, ValueError):
         return name
+    if content[:1] != b"\x80":  # how a pickle begins; other names can be base64 by chance
+        return name
+    where = f"{folder}: a tensor's name"
+    match unpickle(io.BytesIO(content), {}, where):
+        case ((str(plain),), False):
+            return plain
+    raise UserError(f"{where}: is a pickle, but not as ai2-olmo writes it: {name[:60]!r}")
 
 
 class Renamed:
