@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
         out = []
         for layer, window, kv in zip(self.layers, config.windows, cache, strict=True):
             mask = AttentionMask(window, offset=offset, alibi=alibi)
-            x_BTD, kv = layer(x_BTD, ropes.of(window), mask, kv)
+            x_BTD, kv, _ = layer(x_BTD, ropes.of(window), mask, kv)
             out.append(kv)
         return self.final_norm(x_BTD), out
 

@@ -88,9 +88,11 @@ class ModelConfig:
     normalize_expert_weights: bool = False
     """Divide the chosen experts' router probabilities by their sum."""
     load_balancing_loss: float = 0.0
-    """Weight of the experts' load-balancing loss (OLMoE: 0.01)."""
+    """Weight of the experts' load-balancing loss, which is 1 when balanced (OLMoE: 0.01;
+    transformers' is experts_per_token times as large)."""
     router_z_loss: float = 0.0
-    """Weight of the router's z-loss (OLMoE: 0.001)."""
+    """Weight of the router's z-loss, the mean of log(Z)² (OLMoE: 1.25e-4; its file says 0.001,
+    and the program that trained it divided by experts_per_token too)."""
 
     tie_embeddings: bool = False
     """The head is the transposed embedding table."""
@@ -147,6 +149,11 @@ class ModelConfig:
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token}: it must be between 1 and "
                 f"n_experts = {self.n_experts}"
+            )
+        if self.n_experts and (self.mlp != "swiglu" or self.bias):
+            raise ValueError(
+                f'n_experts = {self.n_experts} needs mlp = "swiglu" and bias = False: experts have '
+                "no other kind"
             )
         return self
 

@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.experts import Experts
 from olmo_jax.model.init import Initializer, input_std
 from olmo_jax.model.layers import MLP, Attention, Norm
 from olmo_jax.model.presets import preset
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.ops.attention import AttentionMask
+from olmo_jax.ops.experts import RouterSums
 from olmo_jax.ops.kernels import Kernels, pick_kernels
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "projections": jax.checkpoint_policies.save_only_these_names(
-        "q", "k", "v", "context", "out", "gate", "down"
+        "q", "k", "v", "context", "out", "router", "gate", "down"
     ),
 }
 
@@ -31,23 +32,28 @@ class Block(nnx.Module):
     def __init__(self, init: Initializer, config: ModelConfig, kernels: Kernels):
         shape, axes = (config.n_layers, config.d_model), ("layer", "embed")
         self.attention = Attention(init, "layers.attention", config, kernels)
-        self.mlp = MLP(init, "layers.mlp", config, kernels)
+        mlp = Experts if config.n_experts else MLP
+        self.mlp = mlp(init, "layers.mlp", config, kernels)
         self.attention_norm = Norm(init, config, shape, axes)
         self.mlp_norm = Norm(init, config, shape, axes)
         self.pre, self.parallel = config.norm_place == "pre", config.parallel_residual
 
-    def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
-        """The residual stream after this layer, and its keys and values (see Attention)."""
+    def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None, weights_BT=None):
+        """The residual stream after this layer, its keys and values (see Attention), and its
+        router's sums (see Experts; None without experts or weights)."""
         if self.pre:
             attended, kv = self.attention(self.attention_norm(x_BTD), rope, mask, cache)
         else:
             attended, kv = self.attention(x_BTD, rope, mask, cache)
             attended = self.attention_norm(attended)
         h_BTD = x_BTD + attended
-        mlp_in = x_BTD if self.parallel else h_BTD
-        if self.pre:
-            return h_BTD + self.mlp(self.mlp_norm(mlp_in)), kv
-        return h_BTD + self.mlp_norm(self.mlp(mlp_in)), kv
+        mlp_in, sums = x_BTD if self.parallel else h_BTD, None
+        mlp_in = self.mlp_norm(mlp_in) if self.pre else mlp_in
+        if isinstance(self.mlp, Experts):
+            y_BTD, sums = self.mlp(mlp_in, weights_BT)
+        else:
+            y_BTD = self.mlp(mlp_in)
+        return h_BTD + (y_BTD if self.pre else self.mlp_norm(y_BTD)), kv, sums
 
 
 class Table(nnx.Module):
@@ -61,11 +67,6 @@ class Transformer(nnx.Module):
     """A decoder-only language model; `model(tokens_BT)` gives float32 logits_BTV."""
 
     def __init__(self, config: ModelConfig, seed: int = 0, kernels: Kernels | None = None):
-        if config.n_experts:
-            raise UserError(
-                "this model has experts, which this version describes but does not run: use "
-                "n_experts = 0"
-            )
         self.config = config
         self.kernels = kernels or pick_kernels(jax.default_backend())
         init = Initializer(seed, truncated=config.init in ("normal", "mitchell"))
@@ -93,6 +94,13 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
         """The final norm's output, (B, T, D), in the compute type."""
+        return self.hidden_and_routing(tokens_BT, segment_ids_BT, positions_BT)[0]
+
+    def hidden_and_routing(
+        self, tokens_BT, segment_ids_BT=None, positions_BT=None, weights_BT=None
+    ) -> tuple[jax.Array, RouterSums | None]:
+        """`hidden`, and what the balancing losses need: each layer's router sums over tokens times
+        weights_BT, with a leading L; None without experts or weights."""
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         ropes = rope_tables(self.config, positions_BT)
@@ -100,22 +108,29 @@ class Transformer(nnx.Module):
         graph, weights = nnx.split(self.layers)
 
         def group(x_BTD, group_weights):
+            sums = []
             for i, window in enumerate(pattern):
                 layer = jax.tree.map(lambda a, i=i: a[i], group_weights)
                 mask = AttentionMask(window, segment_ids_BT, alibi=alibi)
-                x_BTD, _ = nnx.merge(graph, layer)(x_BTD, ropes.of(window), mask)
-            return x_BTD, None
+                block = nnx.merge(graph, layer)
+                x_BTD, _, layer_sums = block(x_BTD, ropes.of(window), mask, None, weights_BT)
+                sums.append(layer_sums)
+            return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *sums)
 
         if self.config.remat != "none":
             group = jax.checkpoint(group, policy=_REMAT_POLICIES[self.config.remat])
         x_BTD = self.embedded(tokens_BT)
         if self.kernels.layers == "unrolled":
+            groups = []
             for group_weights in _unstacked(weights, len(pattern)):
-                x_BTD, _ = group(x_BTD, group_weights)
+                x_BTD, group_sums = group(x_BTD, group_weights)
+                groups.append(group_sums)
+            sums = jax.tree.map(lambda *a: jnp.concatenate(a), *groups)
         else:
             grouped = jax.tree.map(lambda a: a.reshape(-1, len(pattern), *a.shape[1:]), weights)
-            x_BTD, _ = jax.lax.scan(group, x_BTD, grouped)
-        return self.final_norm(x_BTD)
+            x_BTD, sums = jax.lax.scan(group, x_BTD, grouped)
+            sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums)
+        return self.final_norm(x_BTD), sums
 
     def logits(self, x_BTD) -> jax.Array:
         """The head's float32 logits (B, T, V) of the final norm's output."""

@@ -204,6 +204,20 @@ def _plots(run: Run) -> Iterator[Plot | None]:
         "Gradient norm", [curve("grad_norm", "norm", smoothed=True)], decimals, from_zero=True
     )
     yield make_plot(
+        "Experts' load, as a multiple of the mean",
+        [
+            curve("expert_load_max", "fullest", smoothed=True),
+            curve("expert_load_min", "emptiest", "heldout", smoothed=True),
+        ],
+        decimals,
+        from_zero=True,
+    )
+    yield make_plot(
+        "Load-balancing loss (1 is balance)",
+        [curve("load_balancing_loss", "training", smoothed=True)],
+        decimals,
+    )
+    yield make_plot(
         "Throughput, tokens a second",
         [curve("tokens_per_second", "tokens/s", "speed", smoothed=True)],
         count_text,

@@ -28,6 +28,7 @@ def describe(run: RunConfig) -> str:
     except UserError as error:
         platform, where = jax.default_backend(), f"does not fit this machine ({error})"
     kernels = pick_kernels(platform)
+    experts = f", experts {kernels.experts}" if run.model.n_experts else ""
     count = run.model.parameter_count()
     lines = {
         "parameters": f"{count:,} ({run.model.parameter_count(embedding=False):,} without the "
@@ -39,10 +40,13 @@ def describe(run: RunConfig) -> str:
         + (f", stopping at {run.train.stop_at:,}" if run.train.stop_at else ""),
         "tokens": f"{plan.tokens:,}",
         "FLOPs": f"{flops * plan.tokens:.4g}",
-        "kernels": f"linear {kernels.linear}, attention {kernels.attention}, cross-entropy over "
-        f"{kernels.cross_entropy_tokens:,} tokens at a time",
+        "kernels": f"linear {kernels.linear}, attention {kernels.attention}{experts}, "
+        f"cross-entropy over {kernels.cross_entropy_tokens:,} tokens at a time",
         "mesh": where,
     }
+    if run.model.n_experts:
+        active = run.model.parameter_count(active=True)
+        lines["parameters"] += f"; {active:,} active, {run.model.n_experts} experts"
     width = max(len(name) for name in lines) + 2
     text = [f"{name + ':':{width}}{value}" for name, value in lines.items()]
     return "\n".join([*text, *(f"{'note:':{width}}{note}" for note in kernels.notes)])

@@ -133,5 +133,5 @@ class HeldOut:
 def _score(model: Transformer, batch: Batch) -> jax.Array:
     """Summed cross-entropy of the counted tokens, in nats."""
     weights_BT = batch.loss_mask_BT.astype(np.float32)
-    total, _ = loss_function(model, batch, weights_BT, 0.0)
-    return total
+    _, losses = loss_function(model, batch, weights_BT, 0.0)
+    return losses.loss

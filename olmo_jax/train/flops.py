@@ -35,7 +35,8 @@ def flops_per_token(model_config: "ModelConfig", sequence_length: int) -> int:
 
     6 * (parameters without the embedding table) + 12 * heads * head_dim * min(window, T) a layer.
     The attention term counts all T * T pairs, not the causal half; recomputation (remat) counts
-    nothing. A tied head is a product like any other and counts; of experts, those visited count.
+    nothing. A tied head is a product like any other and counts; so do the router and the experts
+    that are visited, not the others.
     """
     attended = sum(
         min(window, sequence_length) if window else sequence_length

@@ -92,6 +92,7 @@ class Progress:
         formats = (
             ("loss", lambda loss: f"loss {loss:.3f}"),
             ("heldout/bits_per_byte", lambda bits: f"held-out {bits:.3f} bits per byte"),
+            ("expert_load_max", lambda load: f"fullest expert {load:.2f} x the mean"),
             ("learning_rate", lambda rate: f"learning rate {rate:.2e}"),
             ("tokens_per_second", lambda speed: f"{format_count(speed)} tokens/s"),
             ("mfu", lambda mfu: f"MFU {mfu:.1%}"),

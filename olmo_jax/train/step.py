@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from olmo_jax.data.batch import Batch
 from olmo_jax.model.transformer import Transformer, bind, parameter_axes, parameters
 from olmo_jax.ops.cross_entropy import cross_entropy
+from olmo_jax.ops.experts import RouterSums, load_balancing_loss, router_z_loss
 from olmo_jax.parallel.sharding import batch_sharding, replicated, weight_sharding
 from olmo_jax.train.optimizer import (
     OptimizerConfig,
@@ -38,12 +39,34 @@ class TrainState(NamedTuple):
     """The window of losses and gradient norms that SkipStep looks at."""
 
 
+class Losses(NamedTuple):
+    """Weighted sums over tokens; those of a batch's parts add up to the batch's."""
+
+    loss: jax.Array
+    """Cross-entropy alone, float32 scalar."""
+    z_loss: jax.Array
+    """log(Z)² times its weight."""
+    router: RouterSums | None
+    """Of every layer, where there are experts."""
+
+
 def loss_function(
-    model: Transformer, batch: Batch, weights_BT: jax.Array | np.ndarray, z_loss: float
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(total, (cross_entropy, z_loss)), each a weighted sum over tokens."""
-    x_BTD = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
-    return cross_entropy(
+    model: Transformer,
+    batch: Batch,
+    weights_BT: jax.Array | np.ndarray,
+    z_loss: float,
+    load_LE: jax.Array | None = None,
+) -> tuple[jax.Array, Losses]:
+    """What is minimised, and its parts. Only the first carries gradients.
+
+    The router's losses are means over the same tokens as the cross-entropy, so padding and filtered
+    instances count in neither. load_LE is the experts' load over the global batch where `batch` is
+    a part of it.
+    """
+    x_BTD, sums = model.hidden_and_routing(
+        batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, weights_BT
+    )
+    total, parts = cross_entropy(
         x_BTD,
         model.head_DV(),
         batch.targets_BT,
@@ -51,6 +74,12 @@ def loss_function(
         z_loss,
         model.kernels.cross_entropy_tokens,
     )
+    if sums is not None:
+        load_LE = sums.load_E if load_LE is None else load_LE
+        balance = load_balancing_loss(load_LE, sums.probability_E)
+        total += model.config.load_balancing_loss * balance
+        total += model.config.router_z_loss * router_z_loss(sums.z)
+    return total, Losses(*parts, sums)
 
 
 class Trainer:
@@ -137,11 +166,12 @@ class Trainer:
         """One optimizer step.
 
         learning_rate and clip_norm (inf: no clipping) are float32 scalars that the host computed in
-        float64. Metrics: loss (cross-entropy alone), z_loss, grad_norm (before clipping), skipped.
+        float64. Metrics: loss (cross-entropy alone), z_loss, grad_norm (before clipping), skipped,
+        and where there are experts `router_metrics`.
         A step that is skipped, or whose loss or gradient norm is not finite, leaves parameters and
         optimizer state as they were.
         """
-        loss, z_loss, grads = self._gradients(state.params, batch)
+        (loss, z_loss, router), grads = self._gradients(state.params, batch)
         grad_norm = optax.global_norm(grads)
         skip, skip_state = skip_step(self.optimizer, state.skip, loss, grad_norm)
         scale = clip_scale(grad_norm, clip_norm)
@@ -150,38 +180,68 @@ class Trainer:
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         new_state = TrainState(state.step + 1, params, opt_state, skip_state)
         metrics = {"loss": loss, "z_loss": z_loss, "grad_norm": grad_norm, "skipped": skip}
+        if router is not None:
+            metrics |= router_metrics(router)
         return new_state, metrics
 
-    def _gradients(self, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array, dict]:
-        """Loss, z-loss and gradients of the global mean, micro-batch by micro-batch."""
+    def _gradients(self, params: dict, batch: Batch) -> tuple[Losses, dict]:
+        """Losses and gradients of the global mean, micro-batch by micro-batch."""
         denominator = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.float32), 1.0)
 
-        def micro(batch: Batch):
-            def total(params):
-                weights_BT = batch.loss_mask_BT.astype(jnp.float32) / denominator
-                return loss_function(bind(self.model, params), batch, weights_BT, self.z_loss)
+        def weights(batch: Batch):
+            return batch.loss_mask_BT.astype(jnp.float32) / denominator
 
-            (_, parts), grads = jax.value_and_grad(total, has_aux=True)(params)
-            return parts, grads
+        def micro(batch: Batch, load_LE=None):
+            def total(params):
+                model = bind(self.model, params)
+                return loss_function(model, batch, weights(batch), self.z_loss, load_LE)
+
+            (_, losses), grads = jax.value_and_grad(total, has_aux=True)(params)
+            return losses, grads
 
         rows = batch.tokens_BT.shape[0]
         n_micro = rows // (self.micro_batch_size or rows)
         if n_micro <= 1:
-            (loss, z_loss), grads = micro(batch)
-            return loss, z_loss, grads
+            return micro(batch)
         # Micro-batch i takes rows i, i + n, …: every device has its share of each.
         split = jax.tree.map(
             lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1),
             batch,
         )
 
-        def add(sums, batch):
-            return jax.tree.map(jnp.add, sums, micro(batch)), None
+        load_LE = None
+        if self.model.config.load_balancing_loss and self.model.config.n_experts:
+            # A product of two means over the global batch: one of them has to be known before the
+            # first gradient, which takes a forward pass over all of it (without the head).
+            def load(batch):
+                model = bind(self.model, params)
+                inputs = batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT
+                _, sums = model.hidden_and_routing(*inputs, weights(batch))
+                assert sums is not None
+                return sums.load_E
 
-        zero = jnp.zeros((), jnp.float32)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        ((loss, z_loss), grads), _ = jax.lax.scan(add, ((zero, zero), zeros), split)
-        return loss, z_loss, grads
+            load_LE = jnp.sum(jax.lax.map(load, split), axis=0)
+
+        def add(sums, batch):
+            return jax.tree.map(jnp.add, sums, micro(batch, load_LE)), None
+
+        first = jax.tree.map(lambda a: a[0], split)
+        shapes = jax.eval_shape(micro, first, load_LE)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        (losses, grads), _ = jax.lax.scan(add, zeros, split)
+        return losses, grads
+
+
+def router_metrics(router: RouterSums) -> dict[str, jax.Array]:
+    """load_balancing_loss and router_z_loss, both without their weights, and the load of the
+    fullest and of the emptiest expert of any layer, as multiples of the mean (1 is balance)."""
+    load_LE = router.load_E / jnp.mean(router.load_E, axis=1, keepdims=True)
+    return {
+        "load_balancing_loss": load_balancing_loss(router.load_E, router.probability_E),
+        "router_z_loss": router_z_loss(router.z),
+        "expert_load_max": jnp.max(load_LE),
+        "expert_load_min": jnp.min(load_LE),
+    }
 
 
 def _keys(path) -> tuple[str, ...]:

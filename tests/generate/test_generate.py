@@ -40,6 +40,7 @@ VARIANTS = {
         rope_factor=8.0,
         rope_original_context=64,
     ),
+    "olmoe": dataclasses.replace(TINY, norm_place="pre", n_experts=5, experts_per_token=2),
     "pythia": dataclasses.replace(
         TINY,
         norm="layer",

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.presets import olmo1_1b
 from olmo_jax.model.transformer import abstract_model, bind, init, parameters
@@ -26,6 +25,9 @@ VARIANTS = {
         clip_qkv=0.05,
         init="mitchell",
         tie_embeddings=True,
+    ),
+    "olmoe": dataclasses.replace(
+        TINY, norm_eps=1e-5, norm_place="pre", n_experts=5, experts_per_token=2, rope_theta=1e4
     ),
     "neox": dataclasses.replace(
         TINY,
@@ -207,9 +209,22 @@ def test_rope_is_scaled_on_full_attention_layers_only():
         assert np.array_equal(plain(a), scaled(a)) == same
 
 
-def test_what_cannot_run_yet_is_refused_by_name():
-    with pytest.raises(UserError, match="experts"):
-        init(dataclasses.replace(TINY, n_experts=4, experts_per_token=2))
+@pytest.mark.parametrize("windows", [(0,), (3, 0)])
+def test_layers_are_the_same_scanned_and_unrolled_and_so_are_the_routers_sums(windows):
+    config = dataclasses.replace(VARIANTS["olmoe"], window_pattern=windows)
+    model = perturbed(init(config))
+    row, weights = tokens(2, 8), np.full((2, 8), 1 / 16, np.float32)
+    found = []
+    for layers in ("scanned", "unrolled"):
+        kernels = dataclasses.replace(model.kernels, layers=layers)
+        again = bind(abstract_model(config, kernels), parameters(model))
+        x_BTD, sums = again.hidden_and_routing(row, weights_BT=weights)
+        np.testing.assert_allclose(x_BTD, again.hidden(row), rtol=1e-5, atol=1e-5)
+        assert sums.load_E.shape == sums.probability_E.shape == (4, 5)
+        np.testing.assert_allclose(sums.load_E.sum(1), 2, rtol=1e-5)
+        np.testing.assert_allclose(sums.probability_E.sum(1), 1, rtol=1e-5)
+        found.append((x_BTD, sums))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +236,8 @@ def test_what_cannot_run_yet_is_refused_by_name():
         ({"window_pattern": (1, 2, 3)}, "do not divide"),
         ({"rope_fraction": 0.3}, "must be even"),
         ({"mlp_width": 0}, "at least 1"),
+        ({"n_experts": 4}, "experts_per_token = 0: it must be between 1 and"),
+        ({"n_experts": 4, "experts_per_token": 2, "bias": True}, "bias = False"),
         ({"rope_factor": 8.0}, "without rope_scaling"),
         ({"rope_scaling": "yarn", "rope_factor": 8.0}, "needs rope_original_context"),
         ({"rope_scaling": "linear", "rope_factor": 0.5}, "at least 1"),

@@ -75,6 +75,31 @@ def test_training_is_the_same_on_every_mesh_and_in_micro_batches(kind):
     )
 
 
+def test_a_router_is_balanced_over_the_global_batch_on_every_mesh_and_in_micro_batches():
+    print(
+        run_on_devices(
+            TRAIN
+            + """
+    config = dataclasses.replace(
+        config, n_experts=4, experts_per_token=2, load_balancing_loss=0.5, router_z_loss=0.1
+    )
+    one, state = losses(MeshConfig(fsdp=1))
+    assert one[-1, 0] < one[0, 0]
+    for mesh in (MeshConfig(), MeshConfig(data=2, expert=2), MeshConfig(tensor=2)):
+        many, spread = losses(mesh)
+        np.testing.assert_allclose(many, one, rtol=2e-5, err_msg=str(mesh))
+        weight = spread.params["layers"]["mlp"]["up"]["weight"]
+        assert weight.addressable_shards[0].data.size * 4 // mesh.data == weight.size, mesh
+    for micro in (2, 4):
+        np.testing.assert_allclose(losses(MeshConfig(fsdp=1), micro)[0], one, rtol=2e-5)
+    config = dataclasses.replace(config, load_balancing_loss=0.0)
+    other = losses(MeshConfig(fsdp=1))[0]
+    assert abs(other[-1, 1] / one[-1, 1] - 1) > 1e-3  # the loss does reach the gradient
+    """
+        )
+    )
+
+
 def test_weights_are_the_same_on_every_mesh():
     run_on_devices(
         TRAIN
