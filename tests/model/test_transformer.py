@@ -134,6 +134,16 @@ def test_remat_changes_memory_not_gradients(model, remat):
     )
 
 
+def test_scanned_layers_are_the_unrolled_ones(model):
+    row = tokens(2, 24)
+    logits = []
+    for layers in ("scanned", "unrolled"):
+        kernels = dataclasses.replace(model.kernels, layers=layers)
+        other = bind(abstract_model(model.config, kernels), parameters(model))
+        logits.append(jax.jit(lambda m, t: m(t))(other, row))
+    np.testing.assert_allclose(*logits, atol=1e-5 * np.abs(logits[0]).max())
+
+
 def test_a_window_of_w_sees_w_tokens():
     one_layer = dataclasses.replace(TINY, n_layers=1, window_pattern=(3,))
     model = perturbed(init(one_layer))

@@ -51,6 +51,17 @@ def test_extending_olmo3_joins_where_it_left():
     assert after == pytest.approx(before, rel=1e-5)
 
 
+def test_a_floor_holds_the_cosine_up_after_the_warm_up():
+    bare = ScheduleConfig(warmup=100, final_fraction=0.0)
+    floored = ScheduleConfig(warmup=100, final_fraction=0.0, floor_fraction=0.1)
+    for step in (1, 50, 100, 500, 800, 900, 999, 1000, 2000):
+        rate = at_step(bare, 1.0, step, 1000)
+        want = max(rate, 0.1) if step >= 100 else rate
+        assert at_step(floored, 1.0, step, 1000) == want
+    with pytest.raises(ValueError, match='goes with kind = "cosine"'):
+        ScheduleConfig(kind="linear", floor_fraction=0.1)
+
+
 def test_tokens_and_steps_give_the_same():
     steps = ScheduleConfig(kind="wsd", warmup=10, decay=20)
     tokens = ScheduleConfig(kind="wsd", warmup=10 * 4096, decay=20 * 4096, units="tokens")
