@@ -100,6 +100,27 @@ def test_a_router_is_balanced_over_the_global_batch_on_every_mesh_and_in_micro_b
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(norm="layer", bias=True, parallel_residual=True, mlp="gelu_tanh", rope_fraction=0.25),
+        dict(position="alibi", mlp="gelu", tie_embeddings=True),
+        dict(window_pattern=(3, 0), rope_scaling="yarn", rope_factor=4.0, rope_original_context=8),
+    ],
+    ids=["pythia", "mpt", "olmo3 long"],
+)
+def test_every_family_trains_the_same_on_a_mesh(changes):
+    run_on_devices(
+        TRAIN
+        + f"""
+    config = dataclasses.replace(config, **{changes!r})
+    one, _ = losses(MeshConfig(fsdp=1))
+    assert one[-1, 0] < one[0, 0]
+    np.testing.assert_allclose(losses(MeshConfig(tensor=2))[0], one, rtol=2e-5)
+    """
+    )
+
+
 def test_weights_are_the_same_on_every_mesh():
     run_on_devices(
         TRAIN
