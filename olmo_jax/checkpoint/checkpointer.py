@@ -41,7 +41,7 @@ from olmo_jax.checkpoint.run_folder import is_disk_full, size_text, sync_folder,
 from olmo_jax.errors import UserError
 
 # One array is stored in pieces of at most this, so that a slice of a big one can be read alone.
-_CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 64 * 2**20
 _BARRIER_MS = 20 * 60 * 1000
 _barrier_number = itertools.count()
 
@@ -299,7 +299,7 @@ async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]], needed: in
         _barrier()
     writes: list[Any] = []
     for item, tree in trees.items():
-        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
         arguments = ocp.args.PyTreeSave(tree, save_args)
         writes += await _orbax().async_save(epath.Path(writing / item), args=arguments) or []
     return writes

@@ -6,7 +6,7 @@ written and again before it is read. Not for secrecy: xxh3 finds damage, not tam
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,16 +40,24 @@ def _digest_of_names(files: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 
-def write_manifest(folder: Path) -> None:
-    """Hashes every file under `folder` and writes the manifest, last and atomically."""
+def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> None:
+    """Hashes every file under `folder` and writes the manifest, last and atomically.
+
+    `known` are digests of files that were hashed, and forced to disk, while others were written.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:  # xxhash and read release the GIL
-        digests = list(pool.map(lambda path: digest(path, sync=True), paths))
+        missing = [path for path in paths if path not in (known or {})]
+        found = zip(missing, pool.map(lambda path: digest(path, sync=True), missing), strict=True)
+        digests = dict(known or {}) | dict(found)
     for subfolder in {path.parent for path in paths} | {folder}:
         sync_folder(subfolder)
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_64": hexdigest}
-        for path, hexdigest in zip(paths, digests, strict=True)
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "xxh3_64": digests[path],
+        }
+        for path in paths
     }
     manifest = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
     write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Literal
 
 from olmo_jax.checkpoint.run_folder import write_error
-from olmo_jax.convert import hf_files, olmo_files
+from olmo_jax.convert import hf_files, olmo_files, orbax
 from olmo_jax.convert.safetensors_io import Progress
 from olmo_jax.convert.source import open_source
 from olmo_jax.convert.target import Options, Write
 from olmo_jax.errors import UserError
 
-FORMATS: dict[str, Write] = {"hf": hf_files.write, "olmo": olmo_files.write}
+FORMATS: dict[str, Write] = {
+    "hf": hf_files.write,
+    "olmo": olmo_files.write,
+    "orbax": orbax.write,
+}
 
 
 def convert(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from olmo_jax.model.config import ModelConfig
-from olmo_jax.model.transformer import abstract_model, parameters
+from olmo_jax.model.transformer import abstract_model, parameter_axes, parameters
 
 Layout = Literal["same", "transposed", "rows", "heads"]
 
@@ -100,17 +100,21 @@ class Row:
 @lru_cache(maxsize=64)
 def weight_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Our dotted paths of all weights of a model, with their shapes; nothing is allocated."""
-    out: dict[str, tuple[int, ...]] = {}
+    return {path: node.shape for path, node in _by_path(parameters(abstract_model(config)))}
 
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            for key, child in node.items():
-                walk(child, f"{path}.{key}" if path else key)
-        else:
-            out[path] = node.shape
 
-    walk(parameters(abstract_model(config)), "")
-    return out
+@lru_cache(maxsize=64)
+def weight_axes(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """Our dotted paths of all weights of a model, with the names of their logical axes."""
+    return dict(_by_path(parameter_axes(abstract_model(config))))
+
+
+def _by_path(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        yield path, node
+        return
+    for key, child in node.items():
+        yield from _by_path(child, f"{path}.{key}" if path else key)
 
 
 def rows_for(config: ModelConfig, rows: Sequence[Row]) -> list[Row]:
