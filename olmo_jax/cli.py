@@ -136,32 +136,74 @@ def fork(
 
 @app.command()
 def convert(
-    source: Annotated[
-        str, Argument(help="A run folder, one of its checkpoints, or a transformers folder.")
+    paths: Annotated[
+        list[str],
+        Argument(
+            metavar="SOURCE TARGET",
+            help="A run folder, one of its checkpoints, another program's folder, a hub id or a "
+            "gs://, s3:// or http(s):// address; and the new folder. With --average more sources.",
+        ),
     ],
-    target: Annotated[str, Argument(help="The new folder.")],
     to: Annotated[
-        Literal["hf"], Option("--to", help="hf: what PyTorch's transformers loads.")
+        str,
+        Option(
+            "--to",
+            help="hf (PyTorch's transformers), olmo, olmo_core (the original programs), or orbax "
+            "(this program).",
+        ),
     ] = "hf",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        Option("--dtype", help="Type of the written weights; as they are stored if none."),
+        Option(
+            "--dtype",
+            help="Type of the written weights. If none, each keeps the type in which it is stored: "
+            "float32 in our own runs, and another program's weights keep their bytes.",
+        ),
     ] = None,
     step: Annotated[
         int | None, Option("--step", help="A run's checkpoint; the newest if none.")
     ] = None,
+    revision: Annotated[
+        str | None, Option("--revision", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    verify: Annotated[
+        bool, Option("--verify", help="Read the result again and compare every tensor.")
+    ] = False,
+    average: Annotated[
+        bool, Option("--average", help="Write the mean of several sources, in float32: a soup.")
+    ] = False,
 ) -> None:
-    """Write a model as a folder for another program.
+    """Write a model as a folder for another program, or for this one.
 
     ```
     olmo-jax convert runs/demo runs/demo/hf --to=hf
+    olmo-jax convert allenai/OLMo-2-0425-1B models/olmo2 --to=orbax --verify
+    olmo-jax convert --average runs/a runs/b runs/c runs/soup --to=orbax
     ```
     """
     from olmo_jax.convert.export import convert
 
+    *sources, target = paths
+    if len(sources) != 1 and not (average and sources):
+        raise UserError(f"{len(paths)} paths given: give a source and a target (or --average)")
     with progress("writing") as advance:
-        convert(source, target, to, dtype=dtype, step=step, progress=advance)
-    print(f"{target}: written; AutoModelForCausalLM.from_pretrained({target!r}) loads it")
+        report = convert(
+            sources,
+            target,
+            to,
+            dtype=dtype,
+            step=step,
+            revision=revision,
+            verify=verify,
+            progress=advance,
+        )
+    if report:
+        print(report)
+    loads = {
+        "hf": f"AutoModelForCausalLM.from_pretrained({target!r}) loads it",
+        "orbax": f"olmo_jax.load({target!r}) and Train.init_from take it",
+    }
+    print("; ".join([f"{target}: written", *([loads[to]] if to in loads else [])]))
 
 
 @app.command()

@@ -100,6 +100,10 @@ class CheckpointReader:
         self._refuse_damage(step, (METADATA,))
         return json.loads((self.path(step) / METADATA).read_bytes())
 
+    def has_train_state(self, step: int) -> bool:
+        """Whether more than weights was saved with a step (a conversion has only weights)."""
+        return any(not name.startswith("params/") for name in self.metadata(step)["arrays"])
+
     def verify(self, step: int) -> None:
         """Checks every file of a step. Raises UserError when it is missing or damaged."""
         self._require(step)

@@ -99,8 +99,10 @@ class StreamedCheckpoint:
         array, split, size = self._arrays[name]
         dtype = array.dtype.numpy_dtype
         assert array.shape[len(at) :] == values.shape, (name, array.shape, values.shape)
-        for start in range(0, array.shape[split], size):
-            piece = (slice(None),) * (split - len(at)) + (slice(start, start + size),)
+        length = array.shape[split]
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            piece = (slice(None),) * (split - len(at)) + (slice(start, end),)
             block = values[piece].astype(dtype, copy=False)
             self._pending.append((array[(*at, *piece)].write(block), block.nbytes))
             self._wait(_IN_FLIGHT_BYTES)

@@ -1,15 +1,19 @@
 """Writes a model as a folder for another program, or for this one: whole or not at all."""
 
+import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from olmo_jax.checkpoint.run_folder import write_error
+from olmo_jax.checkpoint.run_folder import is_disk_full, size_text, write_error
 from olmo_jax.convert import hf_files, olmo_files, orbax
+from olmo_jax.convert.average import open_mean
 from olmo_jax.convert.safetensors_io import Progress
 from olmo_jax.convert.source import open_source
 from olmo_jax.convert.target import Options, Write
+from olmo_jax.convert.verify import verify as compare
 from olmo_jax.errors import UserError
 
 FORMATS: dict[str, Write] = {
@@ -20,19 +24,23 @@ FORMATS: dict[str, Write] = {
 
 
 def convert(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     dst: str | Path,
     to: str = "hf",
     *,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     step: int | None = None,
+    revision: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    verify: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> str | None:
     """Writes the model in `src` (see `load`) to the new folder `dst`, whole or not at all.
 
-    `to` is one of `FORMATS`. Tensors pass through one at a time, in the type in which they are
-    stored unless `dtype` gives another. `progress(done, total)` counts bytes. Raises UserError.
+    `to` is one of `FORMATS`. Of several sources the mean is written, in float32. Tensors pass
+    through one at a time, in the type in which they are stored unless `dtype` gives another.
+    `progress(done, total)` counts bytes. With `verify`, what was written is read again and compared
+    before it gets its name, and what was compared is returned in words. Raises UserError.
     """
     if to not in FORMATS:
         raise UserError(f"--to={to}: this version writes {', '.join(FORMATS)}")
@@ -40,12 +48,22 @@ def convert(
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is there already and not empty; give a new folder")
     unfinished = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
-    with open_source(src, step) as source:
+    with open_mean(src, step, revision) as source:
+        report = None
         try:
             unfinished.mkdir(parents=True)
             FORMATS[to](unfinished, source, Options(dtype, max_shard_bytes, progress))
+            if verify:
+                with open_source(unfinished) as written:
+                    count, size = compare(source, written, dtype)
+                report = f"verified: {count:,} tensors, {size_text(size)}, are the source's"
             os.replace(unfinished, dst)
-        except OSError as error:
-            raise write_error(dst, error) from None
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                raise write_error(dst, error) from None
+            if is_disk_full(error):  # as tensorstore says it
+                raise write_error(dst, OSError(errno.ENOSPC, str(error))) from None
+            raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+    return report

@@ -1,37 +1,28 @@
 """`load`: any checkpoint that this program knows, as a model."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from olmo_jax.convert.average import open_mean, refuse_other_model
 from olmo_jax.convert.source import Source, open_source, parse_tokenizer
+from olmo_jax.convert.table import weight_axes
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
 
-# What no weight's shape shows, and the weights were trained with.
-_MUST_AGREE = (
-    "norm",
-    "norm_eps",
-    "norm_place",
-    "clip_qkv",
-    "parallel_residual",
-    "mlp",
-    "position",
-    "rope_theta",
-    "rope_fraction",
-    "window_pattern",
-)
 
-
-def load(path: str | Path, step: int | None = None) -> Transformer:
+def load(path: str | Path, step: int | None = None, revision: str | None = None) -> Transformer:
     """A model with the weights of a checkpoint: a run folder (the newest, or `step`), one of its
-    checkpoints, or a transformers folder. Weights become float32. Raises UserError.
+    checkpoints, or a transformers folder; on this machine, at gs://, s3:// or http(s)://, or a hub
+    id (of a `revision`). Weights become float32. Raises UserError.
     """
-    with open_source(path, step) as source:
+    with open_source(path, step, revision) as source:
         model = abstract_model(source.config)
         return bind(model, _read_parameters(source, parameters(model), path))
 
@@ -44,25 +35,35 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return parse_tokenizer(source.files["tokenizer.json"], path)
 
 
-def load_mean(paths: Sequence[str | Path], config: ModelConfig) -> dict:
-    """The uniform mean of several checkpoints' weights (a soup), or one's, as a parameter tree.
+def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: Any) -> dict:
+    """The weights of a checkpoint (or the uniform mean of several, a soup) as float32 arrays on
+    the devices that `shardings`, a tree like `parameters`, names.
 
-    Raises UserError when one of them is not of `config`'s shape.
+    Each weight is put together layer by layer and only where a device of this process holds a part
+    of it: no host ever has more than one weight beside its devices' own. Raises UserError when a
+    checkpoint is not of `config`'s architecture.
     """
     shapes = parameters(abstract_model(config))
-    total = None
-    for path in paths:
-        with open_source(path) as source:
-            differs = [
-                f"{field} = {getattr(source.config, field)!r} (wanted {getattr(config, field)!r})"
-                for field in _MUST_AGREE
-                if getattr(source.config, field) != getattr(config, field)
-            ]
-            if differs:
-                raise UserError(f"{path}: is another model: {', '.join(differs)}")
-            tree = _read_parameters(source, shapes, path)
-        total = tree if total is None else jax.tree.map(np.add, total, tree)
-    return jax.tree.map(lambda a: a / np.float32(len(paths)), total)
+    with open_mean(paths) as source:
+        refuse_other_model(source.config, config, paths[0])
+        axes = weight_axes(config)
+
+        def place(keys, shape, sharding):
+            name = ".".join(key.key for key in keys)
+            leading = sum(axis in ("layer", "expert") for axis in axes[name])
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                """What one device holds."""
+                spans = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
+                out = np.empty([len(span) for span in spans], np.float32)
+                for at in itertools.product(*(enumerate(span) for span in spans[:leading])):
+                    to, of = [i for i, _ in at], [i for _, i in at]
+                    out[tuple(to)] = source.read(name, *of)[index[leading:]]
+                return out
+
+            return jax.make_array_from_callback(shape.shape, sharding, part)
+
+        return jax.tree.map_with_path(place, shapes, shardings)
 
 
 def _read_parameters(source: Source, shapes: dict, path: str | Path) -> dict:

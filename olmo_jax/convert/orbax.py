@@ -1,37 +1,35 @@
 """Writes a checkpoint of our own from any source, weight by weight, layer by layer."""
 
-import itertools
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 from olmo_jax.checkpoint.streamed import StreamedCheckpoint
 from olmo_jax.convert.safetensors_io import DTYPES
 from olmo_jax.convert.source import Source
-from olmo_jax.convert.table import weight_axes, weight_shapes
+from olmo_jax.convert.table import slices, weight_shapes
 from olmo_jax.convert.target import Options
 
 
 def write(folder: Path, source: Source, options: Options) -> None:
     """A run folder with one checkpoint, step 0: the weights, without an optimizer's state."""
     config = source.config
-    shapes, axes = weight_shapes(config), weight_axes(config)
+    shapes = weight_shapes(config)
     dtypes = {path: options.dtype or source.dtype(path) for path in shapes}
     total = sum(prod(shape) * DTYPES[dtypes[path]].itemsize for path, shape in shapes.items())
     done = 0
     checkpoint = StreamedCheckpoint(folder / "checkpoints" / "step0")
     try:
-        for path, shape in shapes.items():
-            name = path.replace(".", "/")
-            leading = sum(axis in ("layer", "expert") for axis in axes[path])
-            for at in itertools.product(*map(range, shape[:leading])):
-                values = source.read(path, *at)
-                if not any(at):
-                    flipped = values.flags.f_contiguous and not values.flags.c_contiguous
-                    checkpoint.add(name, shape, dtypes[path], leading, "F" if flipped else "C")
-                done += checkpoint.write(name, at, values)
-                if options.progress:
-                    options.progress(done, total)
+        for path, at in slices(config):
+            name, values = path.replace(".", "/"), source.read(path, *at)
+            if not any(at):
+                flipped = values.flags.f_contiguous and not values.flags.c_contiguous
+                order: Literal["C", "F"] = "F" if flipped else "C"
+                checkpoint.add(name, shapes[path], dtypes[path], len(at), order)
+            done += checkpoint.write(name, at, values)
+            if options.progress:
+                options.progress(done, total)
         model, data = asdict(config), {"eos_token_id": source.eos_token_id}
         metadata = {"config": {"Model": model, "Data": data}, "step": 0, "permanent": True}
         checkpoint.commit(metadata | {"n": 0, "tokens": 0, "fingerprint": ""}, source.files)

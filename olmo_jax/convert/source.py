@@ -16,22 +16,15 @@ from tokenizers import Tokenizer
 from olmo_jax.checkpoint import CheckpointReader, find_checkpoint
 from olmo_jax.convert.hf import ignored_names, rows_of
 from olmo_jax.convert.hf_config import from_hf_config
-from olmo_jax.convert.safetensors_io import SafetensorsFolder, common_dtype
+from olmo_jax.convert.remote import TOKENIZER_FILES as TRAVELLING
+from olmo_jax.convert.remote import local_folder
+from olmo_jax.convert.safetensors_io import INDEX, SINGLE, SafetensorsFolder, common_dtype
 from olmo_jax.convert.table import Row
+from olmo_jax.convert.torch_files import TorchTensors
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 
-# Small files of a transformers folder that go with a model, whatever becomes of its weights.
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+TORCH = "pytorch_model.bin"
 _MAX_SMALL_FILE = 64 * 2**20
 
 
@@ -125,12 +118,15 @@ class TableSource:
 
 
 @contextmanager
-def open_source(path: str | Path, step: int | None = None) -> Iterator[Source]:
+def open_source(
+    path: str | Path, step: int | None = None, revision: str | None = None
+) -> Iterator[Source]:
     """Opens a run folder (its newest checkpoint, or `step`'s), a checkpoint, a transformers folder,
-    or one of the original OLMo program. UserError says what was looked for."""
+    or one of the original OLMo program; on this machine or elsewhere (see remote.py). UserError
+    says what was looked for."""
     from olmo_jax.convert import olmo_files  # it needs what this file defines
 
-    folder = Path(path).expanduser()
+    folder = local_folder(path, revision)
     hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if olmo_files.is_hf_olmo(hf):
         yield olmo_files.open_hf_olmo(folder, hf)
@@ -233,9 +229,18 @@ def _transformers(folder: Path) -> TableSource:
     return TableSource(
         config,
         rows_of(config, architecture),
-        SafetensorsFolder(folder),
+        _tensors(folder),
         folder,
         repaired_eos(config, eos),
         files,
         ignored_names(config, architecture),
     )
+
+
+def _tensors(folder: Path) -> Tensors:
+    """safetensors where there are any, else PyTorch's own file."""
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return SafetensorsFolder(folder)
+    if (folder / TORCH).is_file() or (folder / f"{TORCH}.index.json").is_file():
+        return TorchTensors(folder, TORCH)
+    raise UserError(f"{folder}: has none of {SINGLE}, {INDEX} and {TORCH}")

@@ -4,6 +4,7 @@ A format is a tuple of `Row`s. Everything here works on NumPy arrays of one laye
 where they lie, in which files, is `source.py`'s and the formats' business.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,6 +108,15 @@ def weight_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 def weight_axes(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
     """Our dotted paths of all weights of a model, with the names of their logical axes."""
     return dict(_by_path(parameter_axes(abstract_model(config))))
+
+
+def slices(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every weight's path with each index of its leading axes: (), (layer,) or (layer, expert)."""
+    shapes, axes = weight_shapes(config), weight_axes(config)
+    for path, shape in shapes.items():
+        leading = sum(axis in ("layer", "expert") for axis in axes[path])
+        for at in itertools.product(*map(range, shape[:leading])):
+            yield path, at
 
 
 def _by_path(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

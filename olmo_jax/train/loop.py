@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import Checkpointer, RunFolder, find_checkpoint
 from olmo_jax.checkpoint.run_folder import write_error
-from olmo_jax.convert.load import load_mean
+from olmo_jax.convert.load import load_sharded
 from olmo_jax.data import open_dataset
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
@@ -154,13 +154,15 @@ class _Loop:
             return self.trainer.init_state(
                 lambda: parameters(Transformer(run.model, run.train.seed, kernels))
             )
-        found = find_checkpoint(run.train.init_from[0])
-        if len(run.train.init_from) == 1 and found:  # its optimizer state comes along
+        sources = run.train.init_from
+        found = find_checkpoint(sources[0]) if len(sources) == 1 else None
+        if found and found[0].has_train_state(found[1]):  # it comes along
             reader, step = found
             state = reader.restore(step, self.trainer.abstract_state)
             zero = jax.device_put(np.int32(0), self.trainer.shardings.step)
             return state._replace(step=zero, skip=self.trainer.empty_skip_state())
-        return self.trainer.init_state(load_mean(run.train.init_from, run.model))
+        params = load_sharded(sources, run.model, self.trainer.shardings.params)
+        return self.trainer.init_state(params)
 
     def run_to_end(self) -> int:
         plan, train = self.plan, self.run.train

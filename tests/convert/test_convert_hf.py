@@ -29,7 +29,7 @@ import olmo_jax
 from olmo_jax.checkpoint import CheckpointConfig, Checkpointer
 from olmo_jax.convert.export import convert
 from olmo_jax.convert.hf import ARCHITECTURES, rows_of
-from olmo_jax.convert.load import load_mean, load_tokenizer
+from olmo_jax.convert.load import load_sharded, load_tokenizer
 from olmo_jax.data.tokenizer import train_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
@@ -284,14 +284,16 @@ def test_bfloat16_halves_the_bytes_and_loads(tmp_path):
 def test_a_soup_is_the_mean(tmp_path):
     models = [perturbed(OLMO2), olmo_jax.init(OLMO2, seed=5)]
     runs = [save(m, tmp_path / str(i)) for i, m in enumerate(models)]
-    mean = load_mean(runs, OLMO2)
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, parameters(models[0]))
+    mean = load_sharded(runs, OLMO2, shardings)
     jax.tree.map(
         lambda m, a, b: np.testing.assert_allclose(m, (a + b) / 2, rtol=1e-6, atol=1e-7),
         mean,
         *map(parameters, models),
     )
     with pytest.raises(UserError, match="another model: rope_theta"):
-        load_mean(runs, dataclasses.replace(OLMO2, rope_theta=1e4))
+        load_sharded(runs, dataclasses.replace(OLMO2, rope_theta=1e4), shardings)
 
 
 def test_conversion_writes_all_or_nothing(tmp_path, monkeypatch):

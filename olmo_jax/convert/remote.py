@@ -1,0 +1,147 @@
+"""Checkpoints that lie elsewhere: fetched, only the files that are needed, and then read as local.
+
+A hub id (`owner/name`) goes through huggingface_hub and its cache; gs://, s3:// and http(s)://
+through fsspec, into a cache of ours. Both are asked for when they are needed: the extra `hf`.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from olmo_jax.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_SMALL = ("config.json", "config.yaml", *TOKENIZER_FILES)
+# The weights, in the order of preference: (one file, the index of several).
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("model.pt", "model.pt.index.json"),
+)
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """Where the files of a checkpoint lie on this machine, fetched if they were not. UserError."""
+    text = str(path)
+    folder = Path(path).expanduser()
+    if re.match(r"(gs|s3|https?)://", text):
+        return _fetch(text.rstrip("/"))
+    is_hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) and isinstance(path, str)
+    if folder.exists() or not is_hub_id:
+        if revision:
+            raise UserError(f"--revision={revision}: {path} is no hub id (owner/name)")
+        return folder
+    return _from_hub(text, revision)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise UserError(
+            f"{name}: is no folder; to take it from the hub, install olmo-jax[hf]"
+        ) from None
+    at = f"{name} at {revision or 'main'}"
+    try:
+        there = set(hub.HfApi().list_repo_files(name, revision=revision))
+        wanted = [file for file in _SMALL if file in there]
+
+        def fetch(file: str) -> Path:
+            return Path(hub.hf_hub_download(name, file, revision=revision))
+
+        wanted += _weight_files(there, lambda index: fetch(index).read_text(), at)
+        paths = [fetch(file) for file in wanted]
+        if not paths:
+            raise UserError(f"{at} holds no model")
+        return paths[0].parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name}: is no folder here, and {at} could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
+    for single, index in _WEIGHTS:
+        if index in there:
+            try:
+                shards = set(json.loads(read(index))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{where}: {index} is no index of tensors") from None
+            outside = sorted(shard for shard in shards if Path(shard).name != shard)
+            if outside:
+                raise UserError(f"{where}: {index} names a file outside its folder: {outside[0]!r}")
+            missing = sorted(shards - there)
+            if missing:
+                raise UserError(f"{where}: {missing[0]} is missing, which {index} names")
+            return [index, *sorted(shards)]
+        if single in there:
+            return [single]
+    return []
+
+
+def _fetch(url: str) -> Path:
+    """A copy of a folder at a URL, in our cache."""
+    try:
+        import fsspec
+
+        protocol = url.partition("://")[0]
+        files = fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: install olmo-jax[hf] to read it ({error})") from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
+    name = url.rpartition("/")[2] or "root"
+    folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+
+    def fetch(file: str) -> Path:
+        target = folder / file
+        size = files.info(f"{url}/{file}").get("size")
+        if not target.is_file() or target.stat().st_size != size:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            files.get_file(f"{url}/{file}", str(partial))
+            os.replace(partial, target)
+        return target
+
+    try:
+        there = _listing(files, url, protocol)
+        if "config.json" in there or "config.yaml" in there:
+            wanted = [file for file in _SMALL if file in there]
+            wanted += _weight_files(there, lambda index: fetch(index).read_text(), url)
+        else:  # a run, or one of its checkpoints, of ours
+            wanted = sorted(there)
+        for file in wanted:
+            fetch(file)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{url}: cannot be fetched: {' '.join(str(error).split())[:200]}") from None
+    if not wanted:
+        raise UserError(f"{url}: holds no model")
+    return folder
+
+
+def _listing(files: Any, url: str, protocol: str) -> set[str]:
+    """The files below a URL; of a web server, which lists nothing, those that have our names."""
+    if protocol in ("gs", "s3"):
+        root = files._strip_protocol(url)
+        return {path.removeprefix(f"{root}/") for path in files.find(url)}
+    names = {*_SMALL, *(name for pair in _WEIGHTS for name in pair)}
+    there = {name for name in names if files.exists(f"{url}/{name}")}
+    for _, index in _WEIGHTS:
+        if index in there:
+            shards = set(json.loads(files.cat_file(f"{url}/{index}"))["weight_map"].values())
+            there |= {name for name in shards if files.exists(f"{url}/{name}")}
+            break
+    return there
