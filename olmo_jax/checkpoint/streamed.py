@@ -127,7 +127,11 @@ class StreamedCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Ends the background threads. `commit` calls it; so must whoever gives up before."""
+        """Ends what runs in the background. `commit` calls it; so must whoever gives up before:
+        a write under way would make the folder anew after its removal."""
+        for future, _ in self._pending:
+            future.commit.exception()  # waits
+        self._pending.clear()
         self._pool.shutdown(cancel_futures=True)
 
     def _wait(self, at_most: int) -> None:

@@ -52,7 +52,7 @@ def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: An
             name = ".".join(key.key for key in keys)
             leading = sum(axis in ("layer", "expert") for axis in axes[name])
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:
                 """What one device holds."""
                 spans = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
                 out = np.empty([len(span) for span in spans], np.float32)
