@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from olmo_jax.checkpoint.run_folder import is_disk_full, size_text, write_error
-from olmo_jax.convert import hf_files, olmo_files, orbax
+from olmo_jax.convert import core_files, hf_files, olmo_files, orbax
 from olmo_jax.convert.average import open_mean
 from olmo_jax.convert.safetensors_io import Progress
 from olmo_jax.convert.source import open_source
@@ -19,6 +19,7 @@ from olmo_jax.errors import UserError
 FORMATS: dict[str, Write] = {
     "hf": hf_files.write,
     "olmo": olmo_files.write,
+    "olmo_core": core_files.write,
     "orbax": orbax.write,
 }
 

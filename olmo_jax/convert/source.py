@@ -122,9 +122,9 @@ def open_source(
     path: str | Path, step: int | None = None, revision: str | None = None
 ) -> Iterator[Source]:
     """Opens a run folder (its newest checkpoint, or `step`'s), a checkpoint, a transformers folder,
-    or one of the original OLMo program; on this machine or elsewhere (see remote.py). UserError
-    says what was looked for."""
-    from olmo_jax.convert import olmo_files  # it needs what this file defines
+    one of the original OLMo program or a step of OLMo-core; on this machine or elsewhere (see
+    remote.py). UserError says what was looked for."""
+    from olmo_jax.convert import core_files, olmo_core, olmo_files  # they need what is here
 
     folder = local_folder(path, revision)
     hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -134,6 +134,9 @@ def open_source(
     if "model_type" in hf:
         yield _transformers(folder)
         return
+    if olmo_core.is_core_config(hf):
+        yield core_files.open_core(folder, hf)
+        return
     if (folder / olmo_files.CONFIG).is_file():
         yield olmo_files.open_olmo(folder)
         return
@@ -142,8 +145,9 @@ def open_source(
         what = "is no folder" if not folder.is_dir() else "holds no model"
         raise UserError(
             f"{path}: {what}; give a run folder (with checkpoints/), a checkpoint in it, a "
-            "transformers folder (with config.json and safetensors), or an OLMo folder (with "
-            "config.yaml and model.pt)"
+            "transformers folder (with config.json and safetensors), an OLMo folder (with "
+            "config.yaml and model.pt), or an OLMo-core step (with config.json and "
+            "model_and_optim/)"
         )
     yield _Checkpoint(*found)
 

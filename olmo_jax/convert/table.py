@@ -5,6 +5,7 @@ where they lie, in which files, is `source.py`'s and the formats' business.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ import numpy as np
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.transformer import abstract_model, parameter_axes, parameters
 
-Layout = Literal["same", "transposed", "rows", "heads"]
+Layout = Literal["same", "transposed", "rows", "heads", "merged", "merged_transposed", "flat"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Row:
     layout: "same" and "transposed" hold one of ours; "rows" several, one below the other, each
     (out, in); "heads" several, interleaved: for each head one's rows, then the next one's (needs
     as many key heads as query heads). In the last two a bias is laid out like its matrix's rows.
+    "merged" and "merged_transposed" hold all experts, one below the other, each as ours or as
+    (out, in); "flat" a transposed matrix as one axis.
     """
 
     theirs: str
@@ -57,6 +60,11 @@ class Row:
         parts = [self._part_shape(config, path) for path in self.ours]
         if self.layout == "same":
             return parts[0]
+        if self.layout == "flat":
+            return (math.prod(parts[0]),)
+        if self.layout.startswith("merged"):
+            experts, first, last = self._by_expert(parts[0])
+            return (experts * first, last)
         return (sum(part[-1] for part in parts), *parts[0][:-1])
 
     def assemble(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
@@ -64,7 +72,11 @@ class Row:
         can be one."""
         if self.layout == "same":
             return parts[0]
+        if self.layout.startswith("merged"):
+            return self._swapped(parts[0]).reshape(-1, self._by_expert(parts[0].shape)[-1])
         parts = [part.T for part in parts]
+        if self.layout == "flat":
+            return parts[0].reshape(-1)
         if self.layout == "heads":
             heads = [p.reshape(config.n_heads, 1, -1, *p.shape[1:]) for p in parts]
             joined = np.concatenate(heads, axis=1)
@@ -74,6 +86,11 @@ class Row:
     def extract(self, tensor: np.ndarray, ours: str, config: ModelConfig) -> np.ndarray:
         """One of ours, of one layer and expert, from the whole of theirs. A view where it can be
         one."""
+        shape = self._part_shape(config, ours)
+        if self.layout == "flat":
+            return tensor.reshape(shape[::-1]).T
+        if self.layout.startswith("merged"):
+            return self._swapped(tensor.reshape(self._by_expert(shape)))
         if self.layout == "heads":
             by_head = tensor.reshape(config.n_heads, len(self.ours), -1, *tensor.shape[1:])
             tensor = by_head[:, self.ours.index(ours)].reshape(-1, *tensor.shape[1:])
@@ -93,6 +110,13 @@ class Row:
     def extract_span(self, rows: np.ndarray, ours: str, config: ModelConfig) -> np.ndarray:
         """`extract`, from only the rows that `span` names."""
         return rows.T if self.layout == "rows" else self.extract(rows, ours, config)
+
+    def _by_expert(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(experts, rows, columns) of theirs, of ours with this shape."""
+        return shape if self.layout == "merged" else (shape[0], shape[2], shape[1])
+
+    def _swapped(self, experts: np.ndarray) -> np.ndarray:
+        return experts if self.layout == "merged" else experts.swapaxes(1, 2)
 
     def _part_shape(self, config: ModelConfig, path: str) -> tuple[int, ...]:
         return weight_shapes(config)[path][self.stacked + self.by_expert :]

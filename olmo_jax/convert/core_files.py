@@ -1,0 +1,58 @@
+"""OLMo-core's checkpoint folders: config.json beside model_and_optim/, read and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from olmo_jax.convert.core_config import to_core_config
+from olmo_jax.convert.distcp import METADATA, DistcpTensors, write_distcp
+from olmo_jax.convert.olmo_core import TIED, core_rows, from_core_config
+from olmo_jax.convert.olmo_files import special_tokens
+from olmo_jax.convert.source import Source, TableSource, repaired_eos, small_files
+from olmo_jax.convert.target import Options, planned, stored_dtype
+
+_WEIGHTS = "model_and_optim"
+_VERSION = "3.0.0"
+
+
+def open_core(folder: Path, content: dict[str, Any]) -> TableSource:
+    """A step's folder, by its config.json. UserError when one is not as it should be."""
+    config, dropless = from_core_config(content, str(folder / "config.json"))
+    inner = folder if (folder / METADATA).is_file() else folder / _WEIGHTS
+    tokenizer = (content.get("dataset") or {}).get("tokenizer") or {}
+    names = ("eos_token_id", "pad_token_id")
+    ids = {name: tokenizer[name] for name in names if tokenizer.get(name) is not None}
+    return TableSource(
+        config,
+        core_rows(config, dropless),
+        DistcpTensors(inner),
+        folder,
+        repaired_eos(config, ids.get("eos_token_id")),
+        {"generation_config.json": json.dumps(ids).encode()} | small_files(folder),
+        frozenset(TIED.theirs for _ in range(config.tie_embeddings)),
+    )
+
+
+def write(folder: Path, source: Source, options: Options) -> None:
+    """A folder that OLMo-core 3.0.0 loads: config.json, .metadata.json, model_and_optim/ with the
+    weights, and the source's small files. Raises UserError when it has no such model, OSError from
+    the disk."""
+    config = source.config
+    dtype = options.dtype or stored_dtype(source, ["embed.weight"])
+    model = to_core_config(config, dtype)
+    rows = core_rows(config) + [TIED for _ in range(config.tie_embeddings)]
+    tokenizer: dict[str, Any] = {"vocab_size": config.vocab_size, **special_tokens(source)}
+    tokenizer["_CLASS_"] = "olmo_core.data.tokenizer.TokenizerConfig"
+    content = {
+        "model": model,
+        "dataset": {"sequence_length": config.context_length, "tokenizer": tokenizer},
+    }
+    for name, value in (
+        ("config.json", content),
+        (".metadata.json", {"ephemeral": False, "version": _VERSION}),
+    ):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    tensors = planned(source, rows, options)
+    write_distcp(folder / _WEIGHTS, tensors, options.max_shard_bytes, options.progress)
+    for name, data in source.files.items():
+        (folder / name).write_bytes(data)
