@@ -103,8 +103,11 @@ class _Forward:
         return self._at
 
     def write(self, data: Any) -> int:
+        if self._file.closed:  # writing failed, and now zipfile's destructor finishes the archive
+            return len(data)
         self._at += len(data)
         return self._file.write(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self._file.closed:
+            self._file.flush()
