@@ -58,7 +58,7 @@ def _scaling(model, field, value):
         ("olmo3_yarn", lambda m: _window(m, 5)),
         ("olmo3_yarn", lambda m: _window(m, 3)),
         ("olmo3_yarn", lambda m: _scaling(m, "factor", 7.0)),
-        ("olmo3_yarn", lambda m: _scaling(m, "old_context_len", 64)),
+        ("olmo3_yarn", lambda m: _scaling(m, "old_context_len", 1000)),
         ("llama3", lambda m: _scaling(m, "factor", 3.0)),
         ("olmoe", lambda m: m["block"]["sequence_mixer"]["rope"].update(theta=20_000)),
         (
