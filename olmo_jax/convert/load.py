@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from olmo_jax.convert.average import open_mean, refuse_other_model
 from olmo_jax.convert.source import Source, open_source, parse_tokenizer
-from olmo_jax.convert.table import weight_axes
+from olmo_jax.convert.table import leading_axes, weight_axes
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
@@ -50,7 +50,7 @@ def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: An
 
         def place(keys, shape, sharding):
             name = ".".join(key.key for key in keys)
-            leading = sum(axis in ("layer", "expert") for axis in axes[name])
+            leading = leading_axes(axes[name])
 
             def part(index: Any) -> np.ndarray:
                 """What one device holds."""

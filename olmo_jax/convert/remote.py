@@ -90,7 +90,7 @@ def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
             return [index, *sorted(shards)]
         if single in there:
             return [single]
-    return []
+    return sorted(file for file in there if file.startswith("model_and_optim/"))  # OLMo-core's
 
 
 def _fetch(url: str) -> Path:

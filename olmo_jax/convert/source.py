@@ -114,7 +114,8 @@ class TableSource:
             return np.stack([self.read(path, layer, i) for i in range(config.n_experts)])
         name = row.theirs.format(layer=layer, expert=expert)
         rows = self.tensors.read(name, row.span(path, config) if row.layout == "rows" else None)
-        return row.extract_span(rows, path, config)
+        values = row.extract_span(rows, path, config)
+        return values if expert is None or row.by_expert else values[expert]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Row:
 
     layout: "same" and "transposed" hold one of ours; "rows" several, one below the other, each
     (out, in); "heads" several, interleaved: for each head one's rows, then the next one's (needs
-    as many key heads as query heads). In the last two a bias is laid out like its matrix's rows.
+    as many key heads as query heads). In these two a bias is laid out like its matrix's rows.
     "merged" and "merged_transposed" hold all experts, one below the other, each as ours or as
     (out, in); "flat" a transposed matrix as one axis.
     """
@@ -134,12 +134,17 @@ def weight_axes(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
     return dict(_by_path(parameter_axes(abstract_model(config))))
 
 
+def leading_axes(axes: Sequence[str]) -> int:
+    """How many axes a weight is stacked along. A router has a column for each expert, and is
+    stacked along layers alone: only what comes first counts."""
+    return len(list(itertools.takewhile(("layer", "expert").__contains__, axes)))
+
+
 def slices(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every weight's path with each index of its leading axes: (), (layer,) or (layer, expert)."""
     shapes, axes = weight_shapes(config), weight_axes(config)
     for path, shape in shapes.items():
-        leading = sum(axis in ("layer", "expert") for axis in axes[path])
-        for at in itertools.product(*map(range, shape[:leading])):
+        for at in itertools.product(*map(range, shape[: leading_axes(axes[path])])):
             yield path, at
 
 

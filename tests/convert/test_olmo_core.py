@@ -7,16 +7,18 @@ import os
 import pickle
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from olmo_jax.convert.core_config import to_core_config
 from olmo_jax.convert.distcp import DistcpTensors
 from olmo_jax.convert.export import convert
-from olmo_jax.convert.load import load
+from olmo_jax.convert.load import load, load_sharded
 from olmo_jax.convert.olmo_core import from_core_config
 from olmo_jax.convert.source import open_source
 from olmo_jax.errors import UserError
+from olmo_jax.model.transformer import parameters
 from tests.convert.hf_models import OLMO2
 from tests.convert.native import FIXTURES, assert_same_logits, sha256, unpacked, variants
 
@@ -94,6 +96,29 @@ def test_round_trip_keeps_every_tensor_and_the_model(checkpoints, tmp_path, name
         assert second.config == dataclasses.replace(first.config, **same)
         assert (second.eos_token_id, second.files) == (first.eos_token_id, first.files)
     assert_same_logits(load(tmp_path / "out"), checkpoints / name)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "olmo3_yarn", "tied"])
+def test_round_trip_through_our_own_checkpoint(checkpoints, tmp_path, name):
+    convert(checkpoints / name, tmp_path / "ours", "orbax")
+    assert_same_logits(load(tmp_path / "ours"), checkpoints / name)
+    convert(tmp_path / "ours", tmp_path / "out", "olmo_core")
+    before = DistcpTensors(checkpoints / name / "model_and_optim")
+    after = DistcpTensors(tmp_path / "out" / "model_and_optim")
+    assert after.names() == before.names()
+    for tensor in before.names():
+        assert after.dtype(tensor) == before.dtype(tensor), tensor
+        assert after.read(tensor).tobytes() == before.read(tensor).tobytes(), tensor
+
+
+def test_experts_straight_onto_devices(checkpoints):
+    """Layer by layer and expert by expert; a router has no expert axis to go along."""
+    with open_source(checkpoints / "olmoe") as source:
+        config = source.config
+    want = parameters(load(checkpoints / "olmoe"))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    got = load_sharded([checkpoints / "olmoe"], config, jax.tree.map(lambda _: here, want))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
