@@ -61,6 +61,8 @@ class Architecture:
             out.append(f"head_dim = {config.head_width} (it has d_model / n_heads = {usual:g})")
         if "mlp_width" not in ours and config.mlp_width != 4 * config.d_model:
             out.append(f"mlp_width = {config.mlp_width} (it has 4 d_model)")
+        if "n_experts" in ours and not config.n_experts:
+            out.append("n_experts = 0 (it has some)")
         if config.mlp not in self.activations.values():
             out.append(f"mlp = {config.mlp!r} (it has {' or '.join(self.activations.values())})")
         return out
@@ -98,14 +100,25 @@ _COMMON = (
     _one(_LAYER + "mlp.down_proj.weight", "layers.mlp.down.weight"),
     _one("lm_head.weight", "lm_head.weight"),
 )
+_EXPERT = _LAYER + "mlp.experts.{expert}."
+_EXPERTS = (
+    *(row for row in _COMMON if ".mlp." not in row.theirs),
+    _one(_LAYER + "mlp.gate.weight", "layers.mlp.router.weight"),
+    _one(_EXPERT + "gate_proj.weight", "layers.mlp.gate.weight"),
+    _one(_EXPERT + "up_proj.weight", "layers.mlp.up.weight"),
+    _one(_EXPERT + "down_proj.weight", "layers.mlp.down.weight"),
+)
 _LLAMA_NORMS = (
     _one(_LAYER + "input_layernorm.weight", "layers.attention_norm.weight", "same"),
     _one(_LAYER + "post_attention_layernorm.weight", "layers.mlp_norm.weight", "same"),
     _one("model.norm.weight", "final_norm.weight", "same"),
 )
-_OLMO2_NORMS = (
+_QK_NORMS = (
     _one(_LAYER + "self_attn.q_norm.weight", "layers.attention.q_norm.weight", "same"),
     _one(_LAYER + "self_attn.k_norm.weight", "layers.attention.k_norm.weight", "same"),
+)
+_OLMO2_NORMS = (
+    *_QK_NORMS,
     _one(_LAYER + "post_attention_layernorm.weight", "layers.attention_norm.weight", "same"),
     _one(_LAYER + "post_feedforward_layernorm.weight", "layers.mlp_norm.weight", "same"),
     _one("model.norm.weight", "final_norm.weight", "same"),
@@ -135,10 +148,20 @@ _MPT = (
     _one("lm_head.weight", "lm_head.weight"),
 )
 
-_PLAIN = dict(bias=False, parallel_residual=False, position="rope", rope_fraction=1.0, n_experts=0)
-_OLMO2_CHOICES = _PLAIN | dict(
+_ROPE_NO_BIAS = dict(bias=False, parallel_residual=False, position="rope", rope_fraction=1.0)
+_PLAIN = _ROPE_NO_BIAS | dict(n_experts=0)
+_FLEX_CHOICES = _ROPE_NO_BIAS | dict(
     norm="rms", norm_place="post", qk_norm=True, clip_qkv=None, init="normal"
 )
+_OLMO2_CHOICES = _FLEX_CHOICES | dict(n_experts=0)
+_SOME_EXPERTS = {
+    # The same number, though transformers' loss is experts_per_token times ours: released files
+    # hold the weight that the model was trained with, by the original's scale, which is ours.
+    "router_aux_loss_coef": "load_balancing_loss",
+    "num_experts": "n_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "norm_topk_prob": "normalize_expert_weights",
+}
 _SIZES = {
     "hidden_size": "d_model",
     "intermediate_size": "mlp_width",
@@ -188,6 +211,31 @@ ARCHITECTURES = (
         _DEFAULTS | {"rms_norm_eps": 1e-5},
         _NO_BIAS,
         rope="by layer type",
+    ),
+    Architecture(
+        "OlmoeForCausalLM",
+        "olmoe",
+        _EXPERTS + _LLAMA_NORMS + _QK_NORMS,
+        _ROPE_NO_BIAS
+        | dict(norm="rms", norm_place="pre", qk_norm=True, clip_qkv=None, init="normal"),
+        _LLAMA_SIZES | _SOME_EXPERTS | {"rms_norm_eps": "norm_eps"},
+        _DEFAULTS
+        | {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8}
+        | {"router_aux_loss_coef": 0.01, "norm_topk_prob": False},
+        # The class clips q and k after their norm, the original and ours before; no released model
+        # clips.
+        _NO_BIAS | {"clip_qkv": None},
+    ),
+    Architecture(
+        "FlexOlmoForCausalLM",
+        "flex_olmo",
+        _EXPERTS + _OLMO2_NORMS,
+        _FLEX_CHOICES,
+        _LLAMA_SIZES | _SOME_EXPERTS | {"rms_norm_eps": "norm_eps"},
+        _DEFAULTS
+        | {"rms_norm_eps": 1e-6, "num_experts": 7, "num_experts_per_tok": 5}
+        | {"router_aux_loss_coef": 0.01, "norm_topk_prob": False},
+        _NO_BIAS,
     ),
     Architecture(
         "LlamaForCausalLM",

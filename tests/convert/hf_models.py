@@ -76,6 +76,17 @@ MPT = dataclasses.replace(
     tie_embeddings=True,
     **PRE_NORM,
 )
+FLEX = dataclasses.replace(OLMO2, mlp_width=32, n_experts=5, experts_per_token=3)
+OLMOE = dataclasses.replace(
+    OLMO2,
+    mlp_width=32,
+    n_experts=5,
+    experts_per_token=2,
+    load_balancing_loss=0.01,
+    norm_eps=1e-5,
+    norm_place="pre",
+    rope_theta=1e4,
+)
 VARIANTS = {
     "olmo1": OLMO1,
     "olmo1 tied": dataclasses.replace(OLMO1, tie_embeddings=True),
@@ -92,6 +103,9 @@ VARIANTS = {
         LLAMA, rope_scaling="linear", tie_embeddings=True, head_dim=None
     ),
     "mpt": MPT,
+    "olmoe": OLMOE,
+    "olmoe normalized": dataclasses.replace(OLMOE, normalize_expert_weights=True, n_kv_heads=2),
+    "flex olmo": FLEX,
     "mpt clip": dataclasses.replace(MPT, clip_qkv=0.4),
 }
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 48))

@@ -17,12 +17,14 @@ from hf_models import OLMO1, OLMO2, TOKENS, VARIANTS, perturbed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FlexOlmoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MptConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
 )
 
 import olmo_jax
@@ -92,13 +94,25 @@ def compare(model: Transformer, theirs) -> tuple[float, float]:
     grads = our_loss_gradients(model, theirs.config.model_type)
     # In memory, transformers 5 calls GPT-NeoX's head otherwise than in its files.
     head = {"lm_head.weight": "embed_out.weight"} if "embed_out.weight" in grads else {}
-    named = {head.get(name, name): value for name, value in theirs.named_parameters()}
+    named = {head.get(name, name): p.grad.numpy() for name, p in theirs.named_parameters()}
+    named = apart(named)
     assert set(named) == set(grads)
     gradient_error = max(
-        np.linalg.norm(named[name].grad.numpy() - grads[name]) / np.linalg.norm(grads[name])
-        for name in grads
+        np.linalg.norm(named[name] - grads[name]) / np.linalg.norm(grads[name]) for name in grads
     )
     return float(logit_error), float(gradient_error)
+
+
+def apart(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts, which transformers 5 holds fused in memory, by the names that they have in files."""
+    out = dict(named)
+    for name in [name for name in named if ".mlp.experts." in name]:
+        layer, _, kind = name.rpartition(".")
+        for expert, matrix in enumerate(out.pop(name)):
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for one, part in zip(kinds, np.split(matrix, len(kinds)), strict=True):
+                out[f"{layer}.{expert}.{one}.weight"] = part
+    return out
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=str)
@@ -138,6 +152,11 @@ def alterations(config: ModelConfig) -> dict[str, dict]:
         "clip": {"clip_qkv": 0.5 if config.clip_qkv else 0.2},
         "parallel": {"parallel_residual": not config.parallel_residual},
     }
+    if config.n_experts:
+        out["top-k normalization"] = {
+            "normalize_expert_weights": not config.normalize_expert_weights
+        }
+        out["top-k"] = {"experts_per_token": 1}
     if config.mlp != "swiglu":
         out["gelu"] = {"mlp": "gelu" if config.mlp == "gelu_tanh" else "gelu_tanh"}
     if config.position == "alibi":
@@ -214,11 +233,14 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
 )
 NEOX = {name: value for name, value in THEIRS.items() if name != "num_key_value_heads"}
+SOME_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, norm_topk_prob=True)
 MADE = {
     "olmo": OlmoConfig(**THEIRS),
     "olmo2": Olmo2Config(**THEIRS),
     "olmo3": Olmo3Config(**THEIRS, sliding_window=7),
     "olmo3 long": Olmo3Config(**THEIRS, sliding_window=7, rope_theta=5e5, rope_scaling=YARN),
+    "olmoe": OlmoeConfig(**THEIRS, **SOME_EXPERTS),
+    "flex olmo": FlexOlmoConfig(**THEIRS, **SOME_EXPERTS),
     "llama": LlamaConfig(**THEIRS),
     "llama3": LlamaConfig(**THEIRS, rope_theta=5e3, rope_scaling=LLAMA3, head_dim=8),
     "pythia": GPTNeoXConfig(**NEOX, rotary_pct=0.5, rotary_emb_base=5000),
