@@ -172,6 +172,38 @@ def olmo3_32b_long() -> ModelConfig:
     return _long(olmo3_32b())
 
 
+# --- Mixtures of experts --------------------------------------------------------------------------
+
+
+@_released(5_033_164_800_000, "OLMoE-mix-0924", recipe="configs/olmoe/1b_7b.gin")
+def olmoe_1b_7b_0924() -> ModelConfig:
+    """OLMoE 1B-7B 0924: 8 of 64 experts a token, 1.3B of 6.9B parameters active."""
+    return ModelConfig(
+        vocab_size=50280,
+        embedding_rows=50304,
+        d_model=2048,
+        n_layers=16,
+        n_heads=16,
+        mlp_width=1024,
+        context_length=4096,
+        norm_eps=1e-5,
+        norm_place="pre",
+        rope_theta=1e4,
+        n_experts=64,
+        experts_per_token=8,
+        load_balancing_loss=0.01,
+        router_z_loss=0.001 / 8,  # see ops/experts.py, router_z_loss
+    )
+
+
+@_released(10**12, "public mix and six closed sets")
+def flexolmo_7x7b_1t() -> ModelConfig:
+    """FlexOlmo 7x7B 1T: OLMo 2 7B's shape with seven experts, each trained on data of its own."""
+    return replace(
+        olmo2_7b(), n_experts=7, experts_per_token=5, load_balancing_loss=0.01
+    )  # as in transformers' FlexOlmoConfig
+
+
 # --- Pythia: as its config.json says (GELU by erf); the recipes train with the tanh ---------------
 
 _PILE, _PILE_TOKENS = "The Pile", 143_000 * 1024 * 2048

@@ -24,6 +24,8 @@ PUBLISHED = {  # counted from the released weights (Pythia's: the table in its R
     "olmo3_7b_long": 7_298_617_344,
     "olmo3_32b": 32_234_279_936,
     "olmo3_32b_long": 32_234_279_936,
+    "olmoe_1b_7b_0924": 6_919_161_856,
+    "flexolmo_7x7b_1t": 33_270_665_216,  # by hand, from the class's default sizes
     "pythia_14m": 14_067_712,
     "pythia_31m": 30_494_720,
     "pythia_70m": 70_426_624,
@@ -70,6 +72,10 @@ def test_pythias_counts_follow_its_formula(name):
     d, layers = config.d_model, config.n_layers
     formula = 2 * config.rows * d + layers * (12 * d**2 + 13 * d) + 2 * d
     assert config.parameter_count() == formula
+
+
+def test_olmoes_active_parameters_are_the_published_ones():
+    assert preset("olmoe_1b_7b_0924").parameter_count(active=True) == 1_282_017_280
 
 
 def test_what_was_published_is_said_of_every_preset():

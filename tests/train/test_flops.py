@@ -34,6 +34,8 @@ def test_experts_count_when_visited():
     moe = dict(SHAPE, n_experts=8)
     one, two = (flops_per_token(ModelConfig(**moe, experts_per_token=k), 128) for k in (1, 2))
     assert two - one == 6 * 4 * 3 * 64 * 96
+    dense = flops_per_token(ModelConfig(**SHAPE), 128)
+    assert one - dense == 6 * 4 * 64 * 8  # the router, for all of its experts
 
 
 @pytest.mark.parametrize(
