@@ -1,10 +1,11 @@
 """Runs every comparison, contenders in turn, each in a fresh process; prints tables, keeps JSON.
 
-python -m benchmarks [--rounds=3] [--only=train|generate|start_up] [--shape=85M]
+python -m benchmarks [--rounds=3] [--only=train|generate|convert|start_up] [--shape=85M]
 """
 
 import argparse
 import datetime
+import filecmp
 import importlib.metadata
 import json
 import os
@@ -111,6 +112,33 @@ def generate(rounds: int, shapes: tuple[str, ...]) -> dict:
     return out
 
 
+def convert(shape: str, rounds: int) -> dict:
+    """hf to orbax and back, against transformers loading and saving the same bfloat16 folder."""
+    out: dict = {"shape": shape, "rounds": rounds, "dtype": "bfloat16"}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
+        worker("make", "olmo_jax", shape, f"{folder}/hf")
+        names = ("transformers", "to_orbax", "to_hf")
+        figures: dict[str, list[dict]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                figures[name].append(worker("convert", name, shape, folder))
+                # What one has left to write must not slow the next.
+                os.sync()
+        size = sum(f.stat().st_size for f in Path(folder, "hf").iterdir())
+        pairs = [(Path(folder, name, "model.safetensors")) for name in ("hf", "to_hf")]
+        out |= {"bytes": size, "same_bytes": filecmp.cmp(*pairs, shallow=False)}
+    result: dict = {name: medians(rows) for name, rows in figures.items()}
+    theirs = result["transformers"]["seconds"]
+    table = Table("", "s", "peak anonymous MB", "theirs / this", title=f"convert {shape}")
+    for name, row in result.items():
+        row["ratio"] = theirs / row["seconds"]
+        memory = f"{row['peak_anonymous_mb']:,.0f}"
+        table.add_row(name, f"{row['seconds']:.1f}", memory, f"{row['ratio']:.2f}")
+    Console().print(table)
+    print("the same bytes" if out["same_bytes"] else "the bytes differ")
+    return out | result
+
+
 def start_up() -> dict:
     """Seconds from the command's start to its end after one step, cold and with a warm cache."""
     import numpy as np
@@ -137,7 +165,7 @@ def start_up() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("train", "generate", "start_up"))
+    parser.add_argument("--only", choices=("train", "generate", "convert", "start_up"))
     parser.add_argument("--shape", choices=tuple(SHAPES), help="only this one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
     options = parser.parse_args()
@@ -145,6 +173,7 @@ def main() -> None:
     parts = {
         "train": lambda: train(options.shape or "85M", options.rounds),
         "generate": lambda: generate(options.rounds, shapes),
+        "convert": lambda: convert(options.shape or "olmo2_1b", options.rounds),
         "start_up": start_up,
     }
     options.out.mkdir(parents=True, exist_ok=True)

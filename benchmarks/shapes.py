@@ -1,6 +1,10 @@
-"""The two shapes that are measured, as our configuration and as transformers'."""
+"""The shapes that are measured, as our configuration and as transformers', and memory."""
+
+import threading
+import time
 
 from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.presets import preset
 
 SHAPES = {
     "demo": ModelConfig(
@@ -13,6 +17,11 @@ SHAPES = {
         vocab_size=128, d_model=32, n_layers=2, n_heads=2, mlp_width=64, context_length=64
     ),
 }
+SHAPES["olmo2_1b"] = preset("olmo2_1b")
+for _layers in (8, 16):  # the same width, twice the depth
+    SHAPES[f"{_layers} layers"] = ModelConfig(
+        vocab_size=1024, d_model=1024, n_layers=_layers, n_heads=8, mlp_width=2816
+    )
 BATCH, LENGTH = 4, 512
 
 
@@ -38,3 +47,25 @@ def peak_memory_mb() -> float:
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1e3
+
+
+class PeakAnonymousMemory:
+    """While entered, samples RssAnon, this process's memory that is no file's page; `mb` is the
+    largest."""
+
+    def __enter__(self):
+        self.mb, self._done = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self):
+        while not self._done.is_set():
+            with open("/proc/self/status") as status:
+                line = next(line for line in status if line.startswith("RssAnon"))
+            self.mb = max(self.mb, int(line.split()[1]) / 1e3)
+            time.sleep(0.005)

@@ -2,6 +2,8 @@
 
 python -m benchmarks.worker train olmo_jax|eager|compile SHAPE STEPS
 python -m benchmarks.worker generate olmo_jax|eager SHAPE FOLDER
+python -m benchmarks.worker make olmo_jax SHAPE FOLDER
+python -m benchmarks.worker convert transformers|to_orbax|to_hf SHAPE FOLDER
 python -m benchmarks.worker sgemm torch|jax|numpy
 """
 
@@ -10,7 +12,14 @@ import statistics
 import sys
 import time
 
-from benchmarks.shapes import BATCH, LENGTH, SHAPES, peak_memory_mb, transformers_config
+from benchmarks.shapes import (
+    BATCH,
+    LENGTH,
+    SHAPES,
+    PeakAnonymousMemory,
+    peak_memory_mb,
+    transformers_config,
+)
 
 PROMPT, NEW_TOKENS = [5, 17, 3, 99], 200
 
@@ -121,13 +130,73 @@ def sgemm(program: str) -> list[float]:
     return rates
 
 
+def make(shape: str, folder: str) -> None:
+    """A transformers folder of random bfloat16 weights."""
+    from pathlib import Path
+
+    import ml_dtypes
+    import numpy as np
+
+    from olmo_jax.convert.hf import architecture_of, rows_of
+    from olmo_jax.convert.hf_config import to_hf_config
+    from olmo_jax.convert.safetensors_io import Planned, write_folder
+
+    config, rng = SHAPES[shape], np.random.default_rng(0)
+
+    def values(size: tuple[int, ...]):
+        bits = rng.integers(0, 2**16, size, np.uint16) & 0x80FF | 0x3C00  # of about 0.01
+        return bits.view(ml_dtypes.bfloat16)
+
+    Path(folder).mkdir()
+    tensors = [
+        Planned(name, row.shape(config), "bfloat16", lambda row=row: values(row.shape(config)))
+        for row in rows_of(config, architecture_of(config))
+        for name, _ in row.places(config)
+    ]
+    write_folder(Path(folder), tensors, 5 * 10**9)
+    content = json.dumps(to_hf_config(config, "bfloat16", None, None))
+    Path(folder, "config.json").write_text(content)
+
+
+def convert(how: str, folder: str) -> dict:
+    """Seconds and memory of one conversion, imports not counted; the result stays in `folder`."""
+    import shutil
+
+    target = f"{folder}/{how}"
+    shutil.rmtree(target, ignore_errors=True)
+    if how == "transformers":
+        from transformers import AutoModelForCausalLM
+
+        def run():
+            model = AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype="auto")
+            model.save_pretrained(target)
+    else:
+        from olmo_jax.convert.export import convert
+
+        source, to = {"to_orbax": ("hf", "orbax"), "to_hf": ("to_orbax", "hf")}[how]
+
+        def run():
+            convert(f"{folder}/{source}", target, to)
+
+    with PeakAnonymousMemory() as memory:
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_anonymous_mb": memory.mb}
+
+
 def main(what: str, program: str, shape: str = "", last: str = "") -> None:
     if program == "olmo_jax":  # as the command line does
         from olmo_jax.parallel.runtime import configure
 
         configure()
-    if what == "sgemm":
-        figures: dict = {"gflops": max(sgemm(program))}
+    if what == "make":
+        make(shape, last)
+        figures: dict = {}
+    elif what == "convert":
+        figures = convert(program, last)
+    elif what == "sgemm":
+        figures = {"gflops": max(sgemm(program))}
     elif what == "train":
         steps = int(last)
         seconds = (

@@ -271,13 +271,21 @@ def report(
 
 
 @app.command()
-def models() -> None:
+def models(
+    show: Annotated[
+        list[str] | None, Argument(metavar="[show NAME]", help="One model's architecture.")
+    ] = None,
+) -> None:
     """List the released models that Model.preset knows: sizes, data, licence, and our recipe.
 
     ```
     olmo-jax models
+    olmo-jax models show olmo2_1b
     ```
     """
+    if show:
+        _show_model(show)
+        return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -286,7 +294,7 @@ def models() -> None:
 
     table = Table(box=SIMPLE_HEAD)
     table.add_column("preset", no_wrap=True)
-    for name in ("parameters", "context", "tokens"):
+    for name in ("parameters", "active", "context", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for name, released in PRESETS.items():
@@ -295,10 +303,40 @@ def models() -> None:
         table.add_row(
             name,
             f"{model.parameter_count():,}",
+            f"{model.parameter_count(active=True):,}",
             f"{model.context_length:,}",
             f"{released.tokens / 1e12:.2f}T",
             "\n".join([*facts, *([released.recipe] if released.recipe else [])]),
         )
+    Console().print(table)
+
+
+def _show_model(words: Sequence[str]) -> None:
+    """`olmo-jax models show NAME`: every choice of the architecture that is not left out."""
+    from dataclasses import asdict
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from olmo_jax.model.presets import PRESETS, preset
+
+    if words[0] != "show" or len(words) != 2:
+        raise UserError(f"models {' '.join(words)}: give `models`, or `models show NAME`")
+    name = words[1]
+    model, released = preset(name), PRESETS[name]
+    table = Table("field", "value", box=SIMPLE_HEAD, title=released.about, title_justify="left")
+    rows = {
+        "parameters": f"{model.parameter_count():,}",
+        "active parameters": f"{model.parameter_count(active=True):,}",
+        "tokens": f"{released.tokens:,}",
+        "data": released.data,
+        "licence": released.licence,
+        "recipe": released.recipe or "none: too little was published",
+        **{field: str(value) for field, value in asdict(model).items() if value is not None},
+    }
+    for field, value in rows.items():
+        table.add_row(field, value)
     Console().print(table)
 
 

@@ -20,3 +20,22 @@ def test_generation_is_measured_on_the_same_tokens(tmp_path):
     assert result["tiny"]["same_tokens"]
     assert result["tiny"]["ratio"] > 0
     assert {"date", "torch", "transformers", "environment", "command"} <= set(result)
+
+
+def convert_result(tmp_path, shape):
+    command = [sys.executable, "-m", "benchmarks", "--only=convert", f"--shape={shape}"]
+    command += ["--rounds=1", f"--out={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    return json.loads((tmp_path / "convert.json").read_text())
+
+
+@pytest.mark.slow
+def test_conversion_keeps_the_bytes_and_its_memory_does_not_grow_with_depth(tmp_path):
+    """As deep again, 200 MB more weights: neither way may take even a fifth of that more."""
+    shallow, deep = (convert_result(tmp_path, shape) for shape in ("8 layers", "16 layers"))
+    assert shallow["same_bytes"] and deep["same_bytes"]
+    grown = (deep["bytes"] - shallow["bytes"]) / 1e6
+    assert grown > 150
+    for way in ("to_orbax", "to_hf"):
+        more = deep[way]["peak_anonymous_mb"] - shallow[way]["peak_anonymous_mb"]
+        assert more < grown / 5

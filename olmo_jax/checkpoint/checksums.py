@@ -43,7 +43,7 @@ def _digest_of_names(files: dict) -> str:
 def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> None:
     """Hashes every file under `folder` and writes the manifest, last and atomically.
 
-    `known` are digests of files that were hashed, and forced to disk, while others were written.
+    `known` are digests of files that were hashed while others were written.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:  # xxhash and read release the GIL

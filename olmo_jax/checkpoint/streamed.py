@@ -44,8 +44,8 @@ class StreamedCheckpoint:
     def __init__(self, folder: Path):
         self.folder, self._params = folder, folder / "params"
         self._params.mkdir(parents=True)
-        # No cache: it would hold every chunk written. No sync at each file: `digest` does that,
-        # beside the next writes.
+        # No cache: it would hold every chunk written. And no file is forced to disk: what is
+        # written here can be written again, and what a power cut takes fails its checksum.
         settings = {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
         self._context = ts.Context(settings)
         self._arrays: dict[str, _Array] = {}
@@ -141,7 +141,7 @@ class StreamedCheckpoint:
             # OCDBT never touches a data file again; it appears under its name once it is whole.
             for path in (self._params / "d").glob("*"):
                 if path not in self._digests and not path.name.endswith(".__lock"):
-                    self._digests[path] = self._pool.submit(digest, path, sync=True)
+                    self._digests[path] = self._pool.submit(digest, path)
 
 
 def _tree_metadata(arrays: Mapping[str, ts.TensorStore]) -> dict[str, Any]:

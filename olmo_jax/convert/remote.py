@@ -1,13 +1,17 @@
 """Checkpoints that lie elsewhere: fetched, only the files that are needed, and then read as local.
 
 A hub id (`owner/name`) goes through huggingface_hub and its cache; gs://, s3:// and http(s)://
-through fsspec, into a cache of ours. Both are asked for when they are needed: the extra `hf`.
+through fsspec (http by the standard library), into a cache of ours. Both libraries are asked for
+when they are needed: the extra `hf`, and for a bucket fsspec's own gcsfs or s3fs.
 """
 
 import hashlib
 import json
 import os
 import re
+import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +99,14 @@ def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
 
 def _fetch(url: str) -> Path:
     """A copy of a folder at a URL, in our cache."""
+    protocol = url.partition("://")[0]
     try:
-        import fsspec
+        if protocol in ("http", "https"):
+            files: Any = _Web()
+        else:
+            import fsspec
 
-        protocol = url.partition("://")[0]
-        files = fsspec.filesystem(protocol)
+            files = fsspec.filesystem(protocol)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: install olmo-jax[hf] to read it ({error})") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
@@ -130,6 +137,35 @@ def _fetch(url: str) -> Path:
     if not wanted:
         raise UserError(f"{url}: holds no model")
     return folder
+
+
+class _Web:
+    """The few calls of an fsspec file system that are needed here, on a web server."""
+
+    def _open(self, url: str, method: str = "GET"):
+        return urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=60)
+
+    def exists(self, url: str) -> bool:
+        try:
+            self._open(url, "HEAD").close()
+        except urllib.error.HTTPError as error:
+            if error.code in (403, 404, 410):
+                return False
+            raise
+        return True
+
+    def info(self, url: str) -> dict[str, int | None]:
+        with self._open(url, "HEAD") as answer:
+            length = answer.headers.get("Content-Length")
+        return {"size": None if length is None else int(length)}
+
+    def cat_file(self, url: str) -> bytes:
+        with self._open(url) as answer:
+            return answer.read()
+
+    def get_file(self, url: str, target: str) -> None:
+        with self._open(url) as answer, open(target, "wb") as file:
+            shutil.copyfileobj(answer, file, 2**20)
 
 
 def _listing(files: Any, url: str, protocol: str) -> set[str]:

@@ -38,9 +38,14 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights."""
     init_from: tuple[str, ...] = ()
-    """Start from these weights instead of random ones: a run folder, a checkpoint in it, or a
-    transformers folder; of several the uniform mean is taken (a soup). A single run's optimizer
-    state comes along, as in the published annealing; step, data and schedule begin anew."""
+    """Start from these weights instead of random ones: whatever `olmo-jax convert` reads (a run
+    folder, a checkpoint in it, another program's folder, a hub id); of several the uniform mean is
+    taken (a soup). A single run's optimizer state comes along, as in the published annealing; step,
+    data and schedule begin anew (but see data_from_step)."""
+    data_from_step: int = 0
+    """The first step reads what this step of the data's order would (counted from 0), so that a
+    model goes on with the data where its training stopped; the batch-size schedule is shifted with
+    it, the learning-rate schedule is not."""
     micro_batch_size: int | None = None
     """Instances in one forward and backward pass, over all devices; None is the whole batch. The
     gradient is the same for any value that divides the batch: one global denominator."""
@@ -75,6 +80,8 @@ class TrainConfig:
             )
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps = {self.steps}: it must be at least 0")
+        if self.data_from_step < 0:
+            raise ValueError(f"data_from_step = {self.data_from_step}: it must be at least 0")
         for name in ("tokens", "stop_at", "micro_batch_size", "heldout_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -39,6 +39,11 @@ def describe(run: RunConfig) -> str:
         "steps": f"{plan.steps:,}"
         + (f", stopping at {run.train.stop_at:,}" if run.train.stop_at else ""),
         "tokens": f"{plan.tokens:,}",
+        **(
+            {"data": f"from step {first:,} of its order, instance {plan.first_n(0):,}"}
+            if (first := run.train.data_from_step)
+            else {}
+        ),
         "FLOPs": f"{flops * plan.tokens:.4g}",
         "kernels": f"linear {kernels.linear}, attention {kernels.attention}{experts}, "
         f"cross-entropy over {kernels.cross_entropy_tokens:,} tokens at a time",

@@ -199,7 +199,10 @@ class _Loop:
     ) -> int:
         """Dispatches each step before it fetches the metrics of the one before."""
         assert self.dataset is not None
-        batches = load_batches(self.dataset, first, end, jax.process_index(), jax.process_count())
+        ahead = self.run.train.data_from_step
+        batches = load_batches(
+            self.dataset, first + ahead, end + ahead, jax.process_index(), jax.process_count()
+        )
         if self.checkpointer.should_save(0) and first == 0:
             self._save(0, state, writer)
         log, train = _StepLog(self, writer, progress), self.run.train
@@ -207,7 +210,7 @@ class _Loop:
         for step in range(first, end):
             waiting = time.perf_counter()
             at, batch = next(batches)
-            assert at == step, (at, step)
+            assert at == step + ahead, (at, step)
             waited = time.perf_counter() - waiting
             rate, clip = self.plan.learning_rate(step), self.plan.clip_norm(step)
             state, metrics = self.trainer.step(state, self._device_batch(batch), rate, clip)
@@ -261,7 +264,7 @@ class _Loop:
     def _save(self, step: int, state: TrainState, writer: MetricsWriter) -> None:
         writer.flush()  # the rows up to here are on disk before the checkpoint counts
         metadata = {
-            "n": self.plan.batches.first_n(step),
+            "n": self.plan.first_n(step),
             "tokens": self.plan.tokens_after(step),
             "fingerprint": self.fingerprint,
             "config": self.run.as_json(),
@@ -277,7 +280,7 @@ class _Loop:
             self._save(good, state._replace(step=step), writer)
             self.checkpointer.wait()
         last_good = saved if good is None else good
-        n = self.plan.batches.first_n(last_good)
+        n = self.plan.first_n(last_good)
         raise UserError(
             f"loss or gradient was not finite in {log.failing} steps in a row, the first is step "
             f"{last_good + 1} with instances {log.failing_ids}; the state before it is kept as "

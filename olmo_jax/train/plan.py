@@ -20,13 +20,19 @@ class Plan:
         else:
             assert run.train.tokens is not None
             instances = -(-run.train.tokens // run.data.sequence_length)
-            self.steps = self.batches.step_of(instances - 1) + 1
-        self.batch_sizes = self.batches.sizes_between(0, self.steps)
+            last = self.first_n(0) + instances - 1
+            self.steps = self.batches.step_of(last) + 1 - run.train.data_from_step
+        first = run.train.data_from_step
+        self.batch_sizes = self.batches.sizes_between(first, first + self.steps)
         self.tokens = self.tokens_after(self.steps)
 
     def tokens_after(self, steps: int) -> int:
         """Tokens that the first `steps` steps consume, padding included."""
-        return self.batches.first_n(steps) * self.run.data.sequence_length
+        return (self.first_n(steps) - self.first_n(0)) * self.run.data.sequence_length
+
+    def first_n(self, step: int) -> int:
+        """The position in the data's order at which a step begins to read."""
+        return self.batches.first_n(step + self.run.train.data_from_step)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, in float64."""
