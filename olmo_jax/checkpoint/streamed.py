@@ -21,9 +21,9 @@ from olmo_jax.checkpoint.checksums import digest, write_manifest
 from olmo_jax.checkpoint.reader import METADATA
 from olmo_jax.checkpoint.run_folder import write_bytes
 
-# Written and not yet in a file; more would only be memory (4 writes at a time were no faster than
-# one).
-_IN_FLIGHT_BYTES = 64 * 2**20
+# Written and not yet in a file. OLMo 2 1B (3 GB) took 8.1 s with 64 MiB and 4.5 s with 256, at 350
+# and 542 MiB of anonymous memory (one run each).
+_IN_FLIGHT_BYTES = 256 * 2**20
 
 
 class _Array(NamedTuple):
