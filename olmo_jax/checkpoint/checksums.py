@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from olmo_jax.checkpoint.run_folder import sync_folder, write_bytes
+from olmo_jax.files import sync_folder, write_bytes
 
 MANIFEST = "manifest.json"
 _BLOCK = 8 * 2**20
@@ -41,8 +41,10 @@ def _digest_of_names(files: dict) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Hashes every file under `folder` and writes the manifest, last and atomically."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Hashes every file under `folder` and writes the manifest (anew, in a copy), last and
+    atomically."""
+    manifest = folder / MANIFEST
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest)
     with ThreadPoolExecutor(_THREADS) as pool:  # xxhash and read release the GIL
         digests = list(pool.map(lambda path: digest(path, sync=True), paths))
     for subfolder in {path.parent for path in paths} | {folder}:
@@ -51,8 +53,8 @@ def write_manifest(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_64": hexdigest}
         for path, hexdigest in zip(paths, digests, strict=True)
     }
-    manifest = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
-    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    content = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
+    write_bytes(manifest, json.dumps(content, indent=1).encode())
 
 
 def first_damage(

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from olmo_jax.checkpoint.run_folder import write_error
 from olmo_jax.convert.hf import Row, architecture_of, rows_of, to_hf_config
 from olmo_jax.convert.safetensors_io import Planned, write_folder
 from olmo_jax.convert.source import Source, open_source
 from olmo_jax.errors import UserError
+from olmo_jax.files import write_error
 from olmo_jax.model.transformer import abstract_model, parameters
 
 _EOS_NAMES = ("<|endoftext|>", "|||IP_ADDRESS|||")

@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import Checkpointer, RunFolder, find_checkpoint
-from olmo_jax.checkpoint.run_folder import write_error
 from olmo_jax.convert.load import load_mean
 from olmo_jax.data import open_dataset
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
 from olmo_jax.data.tokenizer import load_tokenizer
 from olmo_jax.errors import UserError
+from olmo_jax.files import write_error
 from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
 from olmo_jax.ops.kernels import pick_kernels
 from olmo_jax.parallel.environment import environment
