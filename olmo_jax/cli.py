@@ -128,7 +128,7 @@ def fork(
     olmo-jax train --gin_file=configs/demo.gin --gin.Train.run_dir=runs/slow
     ```
     """
-    from olmo_jax.train.resume import fork
+    from olmo_jax.checkpoint.fork import fork
 
     step = fork(run, new_run, step)
     print(f"{new_run} starts at step {step}; train with --gin.Train.run_dir={new_run}")

@@ -1,13 +1,10 @@
-"""What may change between a checkpoint and the run that goes on from it, and forking."""
+"""What may change between a checkpoint and the run that goes on from it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from olmo_jax.checkpoint import CheckpointReader, RunFolder
-from olmo_jax.checkpoint.checksums import write_manifest
 from olmo_jax.errors import UserError
 
 # Bindings that change neither the numbers nor the data of the steps to come.
@@ -71,29 +68,3 @@ def refuse_changes(
             f"the data is not that of the checkpoint in {run_dir}: fingerprint {fingerprint}, was "
             f"{saved['fingerprint']}; {advice}"
         )
-
-
-def fork(run_dir: Path | str, new_run_dir: Path | str, step: int | None = None) -> int:
-    """Starts a new run folder from one checkpoint of another (the newest without a step).
-
-    The next `olmo-jax train` there goes on from that step with whatever configuration it is given.
-    Returns the step. Raises UserError for a missing or damaged checkpoint, or a folder in use.
-    """
-    old, new = RunFolder(run_dir), RunFolder(new_run_dir)
-    reader = CheckpointReader(old.checkpoints)
-    step = reader.latest() if step is None else step
-    if step is None:
-        raise UserError(f"{run_dir}: there is no complete checkpoint to fork from")
-    metadata = reader.metadata(step)
-    reader.verify(step)
-    if new.path.exists() and any(new.path.iterdir()):
-        raise UserError(f"{new_run_dir}: the folder is not empty; give a new one")
-    new.open_for_writing()
-    target = CheckpointReader(new.checkpoints).path(step)
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copytree(reader.path(step), temporary)
-    metadata |= {"forked_from": {"run": str(old.path), "step": step}, "permanent": True}
-    new.write_text(temporary / "metadata.json", json.dumps(metadata, indent=1))
-    write_manifest(temporary)
-    temporary.rename(target)
-    return step
