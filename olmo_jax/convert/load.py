@@ -35,12 +35,15 @@ def load(path: str | Path, step: int | None = None) -> Transformer:
         return bind(model, _read_parameters(source, parameters(model), path))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint. UserError when there is none."""
+def load_tokenizer(path: str | Path) -> tuple[Tokenizer, int | None]:
+    """The tokenizer that lies with a checkpoint, and the id that ends a document: the model's own,
+    or where it gives none what the tokenizer calls <|endoftext|>. UserError without a tokenizer.
+    """
     with open_source(path) as source:
         if source.tokenizer_json is None:
             raise UserError(f"{path}: the checkpoint has no tokenizer.json")
-        return parse_tokenizer(source.tokenizer_json, path)
+        tokenizer, eos = parse_tokenizer(source.tokenizer_json, path), source.eos_token_id
+        return tokenizer, tokenizer.token_to_id("<|endoftext|>") if eos is None else eos
 
 
 def load_mean(paths: Sequence[str | Path], config: ModelConfig) -> dict:
@@ -52,16 +55,22 @@ def load_mean(paths: Sequence[str | Path], config: ModelConfig) -> dict:
     total = None
     for path in paths:
         with open_source(path) as source:
-            differs = [
-                f"{field} = {getattr(source.config, field)!r} (wanted {getattr(config, field)!r})"
-                for field in _MUST_AGREE
-                if getattr(source.config, field) != getattr(config, field)
-            ]
-            if differs:
-                raise UserError(f"{path}: is another model: {', '.join(differs)}")
+            refuse_other_model(source.config, config, path)
             tree = _read_parameters(source, shapes, path)
         total = tree if total is None else jax.tree.map(np.add, total, tree)
     return jax.tree.map(lambda a: a / np.float32(len(paths)), total)
+
+
+def refuse_other_model(saved: ModelConfig, config: ModelConfig, path: str | Path) -> None:
+    """Raises UserError when weights of `saved`, in `path`, mean something else in `config`, though
+    they may have its shapes."""
+    differs = [
+        f"{field} = {getattr(saved, field)!r} (wanted {getattr(config, field)!r})"
+        for field in _MUST_AGREE
+        if getattr(saved, field) != getattr(config, field)
+    ]
+    if differs:
+        raise UserError(f"{path}: is another model: {', '.join(differs)}")
 
 
 def _read_parameters(source: Source, shapes: dict, path: str | Path) -> dict:

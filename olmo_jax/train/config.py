@@ -75,7 +75,7 @@ class TrainConfig:
             )
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps = {self.steps}: it must be at least 0")
-        for name in ("tokens", "stop_at", "micro_batch_size", "heldout_every"):
+        for name in ("tokens", "stop_at", "micro_batch_size", "heldout_every", "sample_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: it must be at least 1")

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from olmo_jax.data.config import DataConfig
+from olmo_jax.data.steps import Steps
 from olmo_jax.errors import UserError
+from olmo_jax.train.config import RunConfig
 
 # Bindings that change neither the numbers nor the data of the steps to come.
 _MAY_CHANGE = {
@@ -57,7 +60,11 @@ def refuse_changes(
         f"give the same again, another Train.run_dir, or `olmo-jax fork {run_dir} NEW_RUN` to go "
         "on with the change on purpose"
     )
-    differs = differing_bindings(config, saved["config"])
+    try:  # fields that an older version did not know have their defaults
+        was = RunConfig.from_json(saved["config"]).as_json()
+    except UserError as error:
+        raise UserError(f"the checkpoint in {run_dir} has {error}; {advice}") from None
+    differs = differing_bindings(config, was)
     if differs:
         raise UserError(
             f"the configuration is not that of the checkpoint in {run_dir}: "
@@ -68,3 +75,21 @@ def refuse_changes(
             f"the data is not that of the checkpoint in {run_dir}: fingerprint {fingerprint}, was "
             f"{saved['fingerprint']}; {advice}"
         )
+
+
+def refuse_gap(data: DataConfig, step: int, saved: Mapping[str, Any]) -> None:
+    """Raises UserError when a fork's batch sizes would skip instances after `step`, or repeat them.
+
+    `saved` is the checkpoint's metadata; its n is how many instances were consumed.
+    """
+    steps = Steps(data.batch_size, data.batch_size_schedule)
+    if (n := steps.first_n(step)) == saved["n"]:
+        return
+    old = saved["config"]["Data"]
+    before = [(at, size) for at, size in old["batch_size_schedule"] if at < step]
+    raise UserError(
+        f"the checkpoint's {step} steps consumed {saved['n']} instances, and would have consumed "
+        f"{n} with these batch sizes: give Data.batch_size = {old['batch_size']} and "
+        f"Data.batch_size_schedule = {(*before, (step, steps.batch_size(step)))}, so that the new "
+        "size begins here"
+    )
