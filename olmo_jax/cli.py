@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -105,12 +106,10 @@ def train(
 
         print(to_gin(config), describe(config), sep="\n")
         return
-    from olmo_jax.report.report import write_report
     from olmo_jax.train.loop import train
 
-    status = train(config, to_gin(config), evaluators=_samples(config))
-    print(f"report: {write_report(config.train.run_dir)}")
-    raise typer.Exit(status)
+    at_end = partial(_report, config.train.run_dir)
+    raise typer.Exit(train(config, to_gin(config), _samples(config), at_end))
 
 
 @app.command()
@@ -128,7 +127,7 @@ def fork(
     olmo-jax train --gin_file=configs/demo.gin --gin.Train.run_dir=runs/slow
     ```
     """
-    from olmo_jax.train.resume import fork
+    from olmo_jax.checkpoint.fork import fork
 
     step = fork(run, new_run, step)
     print(f"{new_run} starts at step {step}; train with --gin.Train.run_dir={new_run}")
@@ -231,18 +230,20 @@ def generate(
     from olmo_jax.convert.load import load, load_tokenizer
     from olmo_jax.generate import Sampling, generate_text
 
-    tokenizer, sampling = load_tokenizer(model), Sampling(temperature, top_k, top_p)
-    pieces = generate_text(load(model), tokenizer, prompt, max_tokens, sampling, seed=seed)
+    sampling, ids = Sampling(temperature, top_k, top_p), list[int]()
+    tokenizer, eos_id = load_tokenizer(model)
+    pieces = generate_text(
+        load(model), tokenizer, prompt, max_tokens, sampling, eos_id=eos_id, seed=seed, ids=ids
+    )
     print(prompt, end="", flush=True)
-    text, start = [], 0.0
+    first, start = 0, 0.0
     for piece in pieces:
-        start = start or time.perf_counter()  # the first piece has waited for compilation
-        text.append(piece)
+        if not first:  # it has waited for compilation
+            first, start = len(ids), time.perf_counter()
         print(piece, end="", flush=True)
-    seconds = time.perf_counter() - start
+    speed = (len(ids) - first) / (time.perf_counter() - start)
     print()
-    n = len(tokenizer.encode("".join(text)).ids)
-    print(f"{n} tokens, {max(0, n - 1) / seconds:,.0f} tokens/s after the first", file=sys.stderr)
+    print(f"{len(ids)} tokens, {speed:,.0f} tokens/s after the first", file=sys.stderr)
 
 
 @app.command()
@@ -346,11 +347,21 @@ def _show_model(words: Sequence[str]) -> None:
 class Samples:
     """The loop's evaluator that lets the model continue `Train.sample_prompts`."""
 
-    def __init__(self, prompts: Sequence[str], max_tokens: int, tokenizer_path: str):
+    def __init__(self, config: "RunConfig", tokenizer_path: str):
         from olmo_jax.data.tokenizer import load_tokenizer
+        from olmo_jax.generate.text import encode_prompt
 
-        self.prompts, self.max_tokens = prompts, max_tokens
+        self.prompts, self.max_tokens = config.train.sample_prompts, config.train.sample_tokens
+        self.eos_id, context = config.data.eos_token_id, config.model.context_length
         self.tokenizer = load_tokenizer(tokenizer_path)
+        for prompt in self.prompts:
+            n = len(encode_prompt(self.tokenizer, prompt, self.eos_id))
+            if not n or n + self.max_tokens > context:
+                raise UserError(
+                    f"Train.sample_prompts: {prompt!r} has {n} tokens, which must be at least 1 "
+                    f"and, with Train.sample_tokens = {self.max_tokens}, at most "
+                    f"Model.context_length = {context}"
+                )
 
     def __call__(self, model, step: int) -> "Evaluation":
         from olmo_jax.generate import Sampling, generate_text
@@ -358,7 +369,9 @@ class Samples:
 
         samples, sampling = [], Sampling(temperature=0.8, top_p=0.95)
         for prompt in self.prompts:
-            pieces = generate_text(model, self.tokenizer, prompt, self.max_tokens, sampling)
+            pieces = generate_text(
+                model, self.tokenizer, prompt, self.max_tokens, sampling, eos_id=self.eos_id
+            )
             samples.append((prompt, "".join(pieces)))
         return Evaluation({}, samples)
 
@@ -369,7 +382,17 @@ def _samples(config: "RunConfig") -> list[Samples]:
         return []
     if train.tokenizer is None:
         raise UserError("Train.sample_prompts is given and Train.tokenizer is not: give both")
-    return [Samples(train.sample_prompts, train.sample_tokens, train.tokenizer)]
+    return [Samples(config, train.tokenizer)]
+
+
+def _report(run_dir: str) -> None:
+    """Writes a run's page; the run's own status stands whatever becomes of it."""
+    from olmo_jax.report.report import write_report
+
+    try:
+        print(f"report: {write_report(run_dir)}")
+    except Exception as error:
+        _print_error(f"no report: {error}")
 
 
 def _print_error(message: str) -> None:

@@ -208,6 +208,16 @@ def test_inspect_reads_documents_back_from_a_configuration_and_from_a_run(tokens
     assert capfd.readouterr().out == out
 
 
+def test_samples_that_do_not_fit_the_context_are_refused_before_training(tokens, tmp_path, capsys):
+    capsys.readouterr()
+    line = ["train", *tokens, f"--gin.Train.run_dir={tmp_path / 'run'}"]
+    assert "with Train.sample_tokens = 5000" in error_of(
+        [*line, "--gin.Train.sample_tokens=5000"], capsys
+    )
+    assert "sample_tokens = 0" in error_of([*line, "--gin.Train.sample_tokens=0"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_fork_convert_generate_report(tokens, tmp_path, capfd):
     run, forked, exported = (str(tmp_path / name) for name in ("run", "forked", "hf"))
     assert cli.run(["train", *tokens, f"--gin.Train.run_dir={run}"]) == 0
@@ -216,6 +226,13 @@ def test_train_fork_convert_generate_report(tokens, tmp_path, capfd):
     assert any("heldout/bits_per_byte" in row for row in rows)
     samples = (tmp_path / "run/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in samples] == ["The cat", "A mat"]
+    # A report that cannot be written is said and is no failure of the run.
+    (tmp_path / "run/report.html").unlink()
+    (tmp_path / "run/report.html").mkdir()
+    capfd.readouterr()
+    assert cli.run(["train", *tokens, f"--gin.Train.run_dir={run}"]) == 0
+    assert "error: no report: cannot write" in capfd.readouterr().err
+    (tmp_path / "run/report.html").rmdir()
     # What the folder keeps is the configuration that ran.
     kept = load_config([f"{run}/config.gin"])
     assert RunConfig.from_json(json.loads((tmp_path / "run/config.json").read_text())) == kept

@@ -37,8 +37,9 @@ from olmo_jax.checkpoint.reader import (
     log,
     named_leaves,
 )
-from olmo_jax.checkpoint.run_folder import is_disk_full, size_text, sync_folder, write_bytes
 from olmo_jax.errors import UserError
+from olmo_jax.files import is_disk_full, sync_folder, write_bytes
+from olmo_jax.numerals import size_text
 
 # One array is stored in pieces of at most this, so that a slice of a big one can be read alone.
 CHUNK_BYTES = 64 * 2**20

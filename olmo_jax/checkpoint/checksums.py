@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from olmo_jax.checkpoint.run_folder import sync_folder, write_bytes
+from olmo_jax.files import sync_folder, write_bytes
 
 MANIFEST = "manifest.json"
 _BLOCK = 8 * 2**20
@@ -41,11 +41,13 @@ def _digest_of_names(files: dict) -> str:
 
 
 def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> None:
-    """Hashes every file under `folder` and writes the manifest, last and atomically.
+    """Hashes every file under `folder` and writes the manifest (anew, in a copy), last and
+    atomically.
 
     `known` are digests of files that were hashed while others were written.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = folder / MANIFEST
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest)
     with ThreadPoolExecutor(_THREADS) as pool:  # xxhash and read release the GIL
         missing = [path for path in paths if path not in (known or {})]
         found = zip(missing, pool.map(lambda path: digest(path, sync=True), missing), strict=True)
@@ -59,8 +61,8 @@ def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> Non
         }
         for path in paths
     }
-    manifest = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
-    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    content = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
+    write_bytes(manifest, json.dumps(content, indent=1).encode())
 
 
 def first_damage(

@@ -1,76 +1,17 @@
-"""The run folder: where each file of a run lies, and the only way in which files are written there.
+"""The run folder: where the files of a run lie, and who may write there.
 
-Every write is either whole or not there at all (temporary file, fsync, rename), except for lines
-appended to logs. What the files mean is the business of the rooms that write them.
+Every write is either whole or not there at all. What the files mean is the business of the rooms
+that write them.
 """
 
 import errno
 import fcntl
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import IO
 
 from olmo_jax.errors import UserError
-
-
-def sync_folder(folder: Path) -> None:
-    """Forces a folder's entries (renames, new names) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a whole file atomically: a reader finds the old content or the new, never a part.
-
-    Raises OSError; `RunFolder` and `Checkpointer` turn it into a UserError.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of the operating system or of tensorstore means that no space is left."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    return os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text
-
-
-def size_text(count: int) -> str:
-    """A number of bytes for people: 999 bytes, 12.3 MB, 4.5 GB (decimal units)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def write_error(path: Path, error: OSError) -> UserError:
-    """The one-line explanation of a write that failed."""
-    if is_disk_full(error):
-        folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
-        free = size_text(shutil.disk_usage(folder).free)
-        return UserError(
-            f"cannot write {path}: the disk is full ({free} free); free some space there, or give "
-            "another run folder"
-        )
-    return UserError(
-        f"cannot write {path}: {error.strerror}; give a run folder on a disk that you can write to"
-    )
-
+from olmo_jax.files import write_bytes, write_error
 
 # Never closed: closing any file object of a locked file drops a POSIX lock.
 _locks: dict[Path, IO[str]] = {}
@@ -86,10 +27,6 @@ class RunFolder:
         self.path = Path(path).expanduser().absolute()
 
     @property
-    def config_gin(self) -> Path:
-        return self.path / "config.gin"
-
-    @property
     def config_json(self) -> Path:
         return self.path / "config.json"
 
@@ -98,28 +35,8 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
-    def metrics_jsonl(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def instances_jsonl(self) -> Path:
-        return self.path / "instances.jsonl"
-
-    @property
-    def samples_jsonl(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
     def data_json(self) -> Path:
         return self.path / "data.json"
-
-    @property
-    def report_html(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
@@ -162,7 +79,8 @@ class RunFolder:
                 "give another run folder"
             ) from None
         for leftover in self.path.glob(".*.tmp"):  # of writes that were killed
-            leftover.unlink(missing_ok=True)
+            if leftover.is_file():  # a folder is a conversion's, which may still be going on
+                leftover.unlink(missing_ok=True)
 
     def write_text(self, path: Path, text: str) -> None:
         """Writes a whole file atomically (old or new, never a part). Raises UserError."""
@@ -173,17 +91,5 @@ class RunFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)
-        except OSError as error:
-            raise write_error(path, error) from None
-
-    def append_text(self, path: Path, text: str) -> None:
-        """Appends whole lines to a log. Raises UserError.
-
-        Not synced: a kill may lose the last line or leave a part of it, a resume cuts the log at
-        its checkpoint anyway.
-        """
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(text)
         except OSError as error:
             raise write_error(path, error) from None

@@ -19,7 +19,7 @@ import tensorstore as ts
 from olmo_jax.checkpoint.checkpointer import CHUNK_BYTES
 from olmo_jax.checkpoint.checksums import digest, write_manifest
 from olmo_jax.checkpoint.reader import METADATA
-from olmo_jax.checkpoint.run_folder import write_bytes
+from olmo_jax.files import write_bytes
 
 # Written and not yet in a file. OLMo 2 1B (3 GB) took 8.1 s with 64 MiB and 4.5 s with 256, at 350
 # and 542 MiB of anonymous memory (one run each).

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from olmo_jax.checkpoint.run_folder import is_disk_full, size_text, write_error
 from olmo_jax.convert import core_files, hf_files, olmo_files, orbax
 from olmo_jax.convert.average import open_mean
 from olmo_jax.convert.safetensors_io import Progress
@@ -15,6 +14,8 @@ from olmo_jax.convert.source import open_source
 from olmo_jax.convert.target import Options, Write
 from olmo_jax.convert.verify import verify as compare
 from olmo_jax.errors import UserError
+from olmo_jax.files import is_disk_full, write_error
+from olmo_jax.numerals import size_text
 
 FORMATS: dict[str, Write] = {
     "hf": hf_files.write,

@@ -27,12 +27,16 @@ def load(path: str | Path, step: int | None = None, revision: str | None = None)
         return bind(model, _read_parameters(source, parameters(model), path))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint. UserError when there is none."""
+def load_tokenizer(path: str | Path) -> tuple[Tokenizer, int | None]:
+    """The tokenizer that lies with a checkpoint, and the id that ends a document: the model's own,
+    or where it gives none what the tokenizer calls <|endoftext|>. UserError without a tokenizer.
+    """
     with open_source(path) as source:
         if "tokenizer.json" not in source.files:
             raise UserError(f"{path}: the checkpoint has no tokenizer.json")
-        return parse_tokenizer(source.files["tokenizer.json"], path)
+        tokenizer = parse_tokenizer(source.files["tokenizer.json"], path)
+        eos = source.eos_token_id
+        return tokenizer, tokenizer.token_to_id("<|endoftext|>") if eos is None else eos
 
 
 def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: Any) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import CheckpointReader, find_checkpoint
@@ -194,12 +195,24 @@ def _json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def saved_model(metadata: dict, where: str | Path) -> ModelConfig:
+    """The architecture in a checkpoint's metadata. UserError when this version cannot read it."""
+    try:
+        return ModelConfig(**metadata["config"]["Model"])
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['loc']}: {fault['msg']}" for fault in error.errors())
+        raise UserError(
+            f"{where}: its Model is not one of this version ({faults}); use the version that "
+            "wrote it"
+        ) from None
+
+
 class _Checkpoint:
     """One of our own checkpoints, read by slices."""
 
     def __init__(self, reader: CheckpointReader, step: int):
         saved = reader.metadata(step)
-        self.config = ModelConfig(**saved["config"]["Model"])
+        self.config = saved_model(saved, reader.path(step))
         self.eos_token_id = saved["config"]["Data"].get("eos_token_id")
         self.files: Mapping[str, bytes] = {
             name: reader.read_file(step, name)

@@ -5,7 +5,7 @@ Reads token files by memory map; prefetch and worker processes are `loader`'s.
 
 import gzip
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,6 @@ from olmo_jax.data.token_files import (
 )
 from olmo_jax.errors import UserError
 
-Progress = Callable[[int, int], None]
 _READ_DOCUMENTS_BELOW = 256 << 20  # bytes of .csv.gz in all: a few seconds
 
 
@@ -61,13 +60,10 @@ class Location:
     """Those that overlap the stretch, from the .csv.gz; empty when there is none."""
 
 
-def open_dataset(
-    config: DataConfig, vocab_size: int, progress: Progress | None = None
-) -> "DataSet":
+def open_dataset(config: DataConfig, vocab_size: int) -> "DataSet":
     """Find and check the files, build what index files the configuration needs.
 
-    `progress(done, total)` counts files. Raises UserError, naming the file and where in it, for
-    anything wrong with them.
+    Raises UserError, naming the file and where in it, for anything wrong with them.
     """
     if not config.paths and not config.sources:
         raise UserError(
@@ -78,20 +74,10 @@ def open_dataset(
         raise UserError(
             f"Data.eos_token_id {config.eos_token_id} is outside the vocabulary of {vocab_size}"
         )
-    groups = {
-        name: find_files(patterns)
+    files = {
+        name: tuple(open_token_file(path, dtype, vocab_size) for path in find_files(patterns))
         for name, patterns in (config.sources or {"": config.paths}).items()
     }
-    total, done = sum(len(paths) for paths in groups.values()), 0
-    files: dict[str, tuple[TokenFile, ...]] = {}
-    for name, paths in groups.items():
-        found: list[TokenFile] = []
-        for path in paths:
-            found.append(open_token_file(path, dtype, vocab_size))
-            done += 1
-            if progress:
-                progress(done, total)
-        files[name] = tuple(found)
     every_file = [file for opened in files.values() for file in opened]
     if _documents_are_few(every_file):
         for file in every_file:

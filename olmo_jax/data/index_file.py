@@ -4,15 +4,23 @@ The name carries the fingerprint of what the array was computed from; a stale on
 """
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from olmo_jax.errors import UserError
+from olmo_jax.files import replacing
 
-# Smaller arrays are kept in memory: no folder is written for a laptop-sized run.
-_IN_MEMORY = 1 << 20
+# Arrays up to this size stay in memory, up to this sum (bytes): no folder is written for a
+# laptop-sized run.
+_IN_MEMORY, _IN_MEMORY_SUM = 1 << 20, 64 << 20
+_OPEN_FILES = 64
+
+_in_memory: dict[tuple[str, str], np.ndarray] = {}
+_mapped: dict[tuple[str, str], np.ndarray] = {}
+_lock = threading.Lock()  # reading threads meet the end of an epoch together
 
 
 def default_index_dir() -> Path:
@@ -23,27 +31,26 @@ def default_index_dir() -> Path:
 def index_array(index_dir: Path, name: str, build: Callable[[], np.ndarray]) -> np.ndarray:
     """The array called `name`: memory-mapped from `index_dir`, or built, and kept there if large.
 
-    `name` must determine the array. Two processes that build at once both succeed.
-    Raises UserError when the folder cannot be written.
+    `name` must determine the array. One thread of a process builds it while the others wait; two
+    processes that build at once both succeed. Raises UserError when the folder cannot be written.
     """
     key = (str(index_dir), name)
-    if (array := _open_arrays.get(key)) is not None:
-        return array
-    path = index_dir / f"{name}.npy"
-    if path.exists():
-        array = _load(path)
-    else:
-        array = build()
-        if array.nbytes > _IN_MEMORY:
+    with _lock:
+        for kept in (_in_memory, _mapped):
+            if (array := kept.get(key)) is not None:
+                return array
+        path = index_dir / f"{name}.npy"
+        if not path.exists():
+            array = build()
+            in_memory = sum(other.nbytes for other in _in_memory.values()) + array.nbytes
+            if array.nbytes <= _IN_MEMORY and in_memory <= _IN_MEMORY_SUM:
+                _in_memory[key] = array
+                return array
             _save(path, array)
-            array = _load(path)
-    while len(_open_arrays) >= 64:  # orders of epochs long past
-        _open_arrays.pop(next(iter(_open_arrays)), None)
-    _open_arrays[key] = array
-    return array
-
-
-_open_arrays: dict[tuple[str, str], np.ndarray] = {}
+        while len(_mapped) >= _OPEN_FILES:  # orders of epochs long past
+            del _mapped[next(iter(_mapped))]
+        _mapped[key] = _load(path)
+        return _mapped[key]
 
 
 def _load(path: Path) -> np.ndarray:
@@ -54,16 +61,11 @@ def _load(path: Path) -> np.ndarray:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            np.save(f, array, allow_pickle=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            np.save(file, array, allow_pickle=False)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: index file cannot be written ({e.strerror}); set Data.index_dir"
         ) from None

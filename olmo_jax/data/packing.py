@@ -5,7 +5,7 @@ documents longer than an instance are cut into instance-sized pieces and no toke
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,6 @@ from olmo_jax.data.index_file import index_array
 from olmo_jax.data.instances import Piece
 from olmo_jax.data.token_files import TokenFile
 from olmo_jax.errors import UserError
-
-Progress = Callable[[int, int], None]
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
@@ -61,7 +59,6 @@ class PackedInstances:
         group_size: int,
         eos_token_id: int | None,
         index_dir: Path,
-        progress: Progress | None = None,
     ):
         self._groups = [tuple(files[k : k + group_size]) for k in range(0, len(files), group_size)]
         self._length, self._eos, self._index_dir = sequence_length, eos_token_id, index_dir
@@ -71,8 +68,6 @@ class PackedInstances:
             key = fingerprint_files(group, with_documents=True)
             self._names.append(f"packed-{sequence_length}-{eos_token_id}-{key}")
             counts.append(int(self._index(k)[0]))
-            if progress:
-                progress(k + 1, len(self._groups))
         self._ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from olmo_jax.errors import UserError
+from olmo_jax.files import write_bytes
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _CHECK_BLOCKS, _CHECK_TOKENS = 8, 4096
@@ -204,16 +205,10 @@ def write_token_file(
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 

@@ -8,8 +8,6 @@ from olmo_jax.generate.decode import generate
 from olmo_jax.generate.sampling import Sampling
 from olmo_jax.model.transformer import Transformer
 
-_EOS = "<|endoftext|>"
-
 
 def generate_text(
     model: Transformer,
@@ -18,23 +16,30 @@ def generate_text(
     max_tokens: int,
     sampling: Sampling | None = None,
     *,
+    eos_id: int | None,
     seed: int = 0,
+    ids: list[int] | None = None,
 ) -> Iterator[str]:
-    """What follows a prompt (an empty one begins a document), piece by piece, up to an eos.
+    """What follows a prompt, piece by piece, up to the model's `eos_id` (None: it has none).
 
-    Raises UserError as `generate` does.
+    The ids are added to `ids` as they come. Raises UserError as `generate` does.
     """
-    eos = tokenizer.token_to_id(_EOS)
+    prompt_ids = encode_prompt(tokenizer, prompt, eos_id)
+    stream = generate(model, prompt_ids, max_tokens, sampling, seed=seed, eos_id=eos_id)
+    return _pieces(tokenizer, stream, [] if ids is None else ids)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, eos_id: int | None) -> list[int]:
+    """A prompt's ids; an empty one is the eos, which begins a document."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if not ids and eos is not None:
-        ids = [eos]
-    return _pieces(tokenizer, generate(model, ids, max_tokens, sampling, seed=seed, eos_id=eos))
+    return ids or ([] if eos_id is None else [eos_id])
 
 
-def _pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+def _pieces(tokenizer: Tokenizer, stream: Iterator[int], ids: list[int]) -> Iterator[str]:
     """Text as soon as its bytes are whole: a token may end inside a character."""
     held: list[int] = []
-    for i in ids:
+    for i in stream:
+        ids.append(i)
         held.append(i)
         text = _decode(tokenizer, held)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

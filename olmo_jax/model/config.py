@@ -109,8 +109,9 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; weights, norms, RoPE and loss stay float32."""
     remat: Literal["none", "full", "projections"] = "none"
-    """What the backward pass recomputes: nothing; each block whole; or all but the projections'
-    outputs and the attention's context (the best published TPU recipe's choice)."""
+    """What the backward pass recomputes: nothing; each block whole; or all but q, k, v, the
+    attention's context and output, and the MLP's gate and output (up, too, is recomputed; the best
+    published TPU recipe's choice)."""
 
     @model_validator(mode="after")
     def _check(self):

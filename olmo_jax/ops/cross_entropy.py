@@ -52,13 +52,13 @@ def _run(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk_tokens, with_gradien
         x, targets, weight = chunk
         x_ND, target_N1, weight_N = x.reshape(-1, D), targets.reshape(-1, 1), weight.reshape(-1)
         logits_NV = jnp.dot(x_ND, w, preferred_element_type=jnp.float32)
-        # An iota comparison, not gather and scatter: XLA:CPU runs those one row at a time.
+        # An iota comparison, not a scatter: XLA:CPU runs that one row at a time.
         is_target_NV = lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1) == target_N1
         max_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
         exp_NV = jnp.exp(logits_NV - max_N1)
         sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
         lse_N = (jnp.log(sum_N1) + max_N1)[:, 0]
-        target_logit_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=1)
+        target_logit_N = jnp.take_along_axis(logits_NV, target_N1, axis=1)[:, 0]
         ce += jnp.sum(weight_N * (lse_N - target_logit_N))
         z += jnp.sum(weight_N * jnp.square(lse_N))
         if not with_gradient:

@@ -26,17 +26,18 @@ class MeshConfig:
     fsdp: int = -1
     """Shards of the weights and optimizer state; the batch is split over it too."""
     context: int = 1
-    """Parts of each sequence."""
+    """Parts of each sequence; only 1 in this version."""
     tensor: int = 1
     """Parts of each head and MLP dimension."""
     expert: int = 1
-    """Parts of the experts."""
+    """Parts of the experts; only 1 in this version."""
 
 
 def build_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh of all devices (jax.devices() where none are given) with the config's axes.
 
-    UserError with the numbers where the axes' product is not the number of devices.
+    UserError with the numbers where the axes' product is not the number of devices, and for axes
+    that nothing uses yet.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -44,6 +45,9 @@ def build_mesh(config: MeshConfig, devices=None) -> Mesh:
     free = [name for name, n in sizes.items() if n == -1]
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
         raise UserError(f"mesh {given}: every axis is at least 1, and at most one is -1")
+    for axis in ("context", "expert"):  # all would do the same work
+        if sizes[axis] != 1:
+            raise UserError(f"Mesh.{axis} = {sizes[axis]}: this version takes 1 only")
     known = math.prod(n for n in sizes.values() if n != -1)
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy as np
 from markupsafe import Markup
 
 from olmo_jax.errors import UserError
+from olmo_jax.files import write_bytes
+from olmo_jax.numerals import count_text, size_text
 from olmo_jax.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, Plot, make_plot
 from olmo_jax.report.run_files import Run, number, read_run
 
@@ -55,10 +56,9 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
-    path, new = run_dir / "report.html", run_dir / ".report.html.new"
+    path = run_dir / "report.html"
     try:
-        new.write_text(page, encoding="utf-8")
-        os.replace(new, path)
+        write_bytes(path, page.encode())
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; make room, or copy the run folder elsewhere"
@@ -267,22 +267,6 @@ def _cell(name: str, value: Any) -> tuple[str, bool]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def count_text(value: float) -> str:
-    """Three digits: 24.1k, 3.20M."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * scale:
-            scaled = value / scale
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
-    return f"{value:.3g}"
-
-
-def size_text(count: int) -> str:
-    """Bytes in decimal units: 212 kB, 1.38 GB."""
-    return count_text(count).replace("k", " k").replace("M", " M").replace("B", " G").replace(
-        "T", " T"
-    ) + ("B" if count >= 1000 else " bytes")
 
 
 def time_text(seconds: float) -> str:

@@ -82,7 +82,7 @@ class TrainConfig:
             raise ValueError(f"steps = {self.steps}: it must be at least 0")
         if self.data_from_step < 0:
             raise ValueError(f"data_from_step = {self.data_from_step}: it must be at least 0")
-        for name in ("tokens", "stop_at", "micro_batch_size", "heldout_every"):
+        for name in ("tokens", "stop_at", "micro_batch_size", "heldout_every", "sample_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: it must be at least 1")

@@ -14,12 +14,20 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from olmo_jax.data.batch import Batch
-from olmo_jax.data.token_files import find_files, open_token_file, smallest_dtype
+from olmo_jax.data.token_files import (
+    TokenFile,
+    check_ids,
+    find_files,
+    open_token_file,
+    smallest_dtype,
+)
 from olmo_jax.data.tokenizer import token_bytes
 from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import Transformer
 from olmo_jax.parallel.sharding import batch_parts, to_global
 from olmo_jax.train.step import loss_function
+
+_BLOCK = 1 << 20  # tokens looked at together
 
 
 class Evaluation(NamedTuple):
@@ -66,45 +74,38 @@ class HeldOut:
         self.shape = (-(-batch_size // parts) * parts, sequence_length)
         dtype = dtype or smallest_dtype(vocab_size)
         self.files = [open_token_file(path, dtype, vocab_size) for path in find_files(paths)]
-        self.bytes_V = None if tokenizer is None else token_bytes(tokenizer)
+        # Before any training, so that an id that is no token's is not met at the first evaluation.
+        bytes_V = None if tokenizer is None else token_bytes(tokenizer)
+        self.bytes = [_count_bytes(file, vocab_size, bytes_V) for file in self.files]
         self._score = jax.jit(_score)
 
     def __call__(self, model: Transformer, step: int) -> Evaluation:
         """heldout/loss (nats a token), heldout/perplexity, heldout/bits_per_byte."""
-        nats = tokens = n_bytes = 0.0
+        nats = 0.0
         for batch in self._batches():
-            counted = batch.loss_mask_BT
             nats += float(self._score(model, to_global(self.mesh, batch)))
-            tokens += counted.sum()
-            if self.bytes_V is not None:
-                n_bytes += self._bytes_of(batch.targets_BT[counted]) or 0
-        loss = nats / tokens
+        loss, n_bytes = nats / sum(file.size for file in self.files), sum(self.bytes)
         metrics = {"heldout/loss": loss, "heldout/perplexity": math.exp(min(loss, 700.0))}
         if n_bytes:
-            metrics["heldout/bits_per_byte"] = nats / math.log(2) / float(n_bytes)
-            metrics["heldout/bytes"] = int(n_bytes)
+            metrics["heldout/bits_per_byte"] = nats / math.log(2) / n_bytes
+            metrics["heldout/bytes"] = n_bytes
         return Evaluation(metrics)
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each file: its name, tokens, and the bytes of text that they stand for."""
+        """A row for each file: its name, tokens, and the bytes of text that they stand for (None
+        without a tokenizer)."""
         return [
-            {
-                "name": Path(file.path).name,
-                "tokens": file.size,
-                "bytes": self._bytes_of(file.tokens),
-            }
-            for file in self.files
+            {"name": Path(file.path).name, "tokens": file.size, "bytes": n_bytes or None}
+            for file, n_bytes in zip(self.files, self.bytes, strict=True)
         ]
-
-    def _bytes_of(self, tokens: np.ndarray) -> int | None:
-        return None if self.bytes_V is None else int(self.bytes_V[tokens].sum())
 
     def _batches(self) -> Iterator[Batch]:
         B, T = self.shape
         for file in self.files:
-            stream = np.concatenate([[self.eos], file.tokens]).astype(np.int32)
-            for start in range(0, len(stream) - 1, B * T):
-                piece = stream[start : start + B * T + 1]
+            for start in range(0, file.size, B * T):
+                before = file.tokens[start - 1 : start] if start else [self.eos]
+                piece = np.concatenate([before, file.tokens[start : start + B * T]])
+                piece = piece.astype(np.int32)
                 n = len(piece) - 1
 
                 def rows(values, n=n):
@@ -128,6 +129,18 @@ class HeldOut:
                     loss_mask_BT=rows(np.ones(n, np.bool_)),
                     instance_ids_B=None,
                 )
+
+
+def _count_bytes(file: TokenFile, vocab_size: int, bytes_V: np.ndarray | None) -> int:
+    """The bytes of text that a file's tokens stand for (0 without a table); checks every id."""
+    known = vocab_size if bytes_V is None else min(vocab_size, len(bytes_V))
+    n_bytes = 0
+    for start in range(0, file.size, _BLOCK):
+        tokens = file.tokens[start : start + _BLOCK]
+        check_ids(tokens, known, file, start)
+        if bytes_V is not None:
+            n_bytes += int(bytes_V[tokens].sum())
+    return n_bytes
 
 
 def _score(model: Transformer, batch: Batch) -> jax.Array:

@@ -3,7 +3,9 @@
 The host's part of training. What a step computes is step.py's; what a checkpoint is, checkpoint/'s.
 """
 
+import errno
 import json
+import logging
 import math
 import os
 import signal
@@ -20,13 +22,15 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import Checkpointer, RunFolder, find_checkpoint
-from olmo_jax.checkpoint.run_folder import write_error
+from olmo_jax.convert.average import refuse_other_model
 from olmo_jax.convert.load import load_sharded
+from olmo_jax.convert.source import saved_model
 from olmo_jax.data import open_dataset
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
 from olmo_jax.data.tokenizer import load_tokenizer
 from olmo_jax.errors import UserError
+from olmo_jax.files import is_disk_full, write_error
 from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
 from olmo_jax.ops.kernels import pick_kernels
 from olmo_jax.parallel.environment import environment
@@ -38,25 +42,35 @@ from olmo_jax.train.flops import flops_per_token, mfu
 from olmo_jax.train.metrics import MetricsWriter
 from olmo_jax.train.plan import Plan
 from olmo_jax.train.progress import Progress
-from olmo_jax.train.resume import refuse_changes
+from olmo_jax.train.resume import refuse_changes, refuse_gap
 from olmo_jax.train.step import Trainer, TrainState
 
 STATUS_DONE, STATUS_PREEMPTED = 0, 75
 
+log = logging.getLogger("olmo_jax.train")
 
-def train(run: RunConfig, gin_text: str, evaluators: Sequence[Evaluator] = ()) -> int:
+
+def train(
+    run: RunConfig,
+    gin_text: str,
+    evaluators: Sequence[Evaluator] = (),
+    at_end: Callable[[], None] = lambda: None,
+) -> int:
     """Trains to the plan's end (status 0) or until SIGTERM (saved, status 75).
 
     Resumes from the run folder's newest complete checkpoint. gin_text is `run` as gin, kept with
-    the run. Raises UserError for anything that a person can mend, before a device is used where
+    the run. `at_end` is called when the run ends, however it does, unless it was refused at its
+    start. Raises UserError for anything that a person can mend, before a device is used where
     possible.
     """
     try:
-        return _Loop(run, gin_text, evaluators).run_to_end()
+        return _Loop(run, gin_text, evaluators).run_to_end(at_end)
     except BrokenPipeError:
         raise
-    except OSError as error:  # a disk that fills up between two checkpoints, say
-        raise write_error(Path(error.filename or run.train.run_dir), error) from error
+    except OSError as error:
+        if is_disk_full(error) or error.errno == errno.EROFS:  # between two checkpoints, say
+            raise write_error(Path(error.filename or run.train.run_dir), error) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 class _Loop:
@@ -74,6 +88,11 @@ class _Loop:
                 os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
             )
         self.mesh: Mesh = build_mesh(run.mesh)
+        if jax.process_count() > 1:
+            raise UserError(
+                f"this is one of {jax.process_count()} processes, and this version trains with "
+                "one, on all devices of its host: start one"
+            )
         self._check_batches()
         kernels = pick_kernels(self.mesh.devices.flat[0].platform)
         self.model: Transformer = abstract_model(run.model, kernels)
@@ -109,7 +128,7 @@ class _Loop:
             HeldOut(
                 run.train.heldout,
                 sequence_length=run.data.sequence_length,
-                batch_size=max(1, min(self.plan.batch_sizes)),
+                batch_size=run.train.micro_batch_size or min(self.plan.batch_sizes),
                 vocab_size=run.model.vocab_size,
                 eos_token_id=run.data.eos_token_id,
                 document_masking=run.data.document_masking,
@@ -126,9 +145,13 @@ class _Loop:
             self.folder.write_bytes(self.folder.path / name, kept_file)
         sources = self.dataset.table() if self.dataset else []
         data: dict[str, Any] = {"sources": sources, "fingerprint": self.fingerprint}
-        if self.folder.data_json.is_file():  # baselines, which `olmo-jax report` puts there, stay
-            kept = json.loads(self.folder.data_json.read_text())
-            data |= {name: kept[name] for name in ("baselines",) if name in kept}
+        try:
+            # What `olmo-jax report` puts there stays.
+            data["baselines"] = json.loads(self.folder.data_json.read_text())["baselines"]
+        except (FileNotFoundError, KeyError):
+            pass
+        except (ValueError, TypeError):
+            log.warning("%s was damaged and is written anew", self.folder.data_json)
         heldout = [h.table() for h in self.evaluators if isinstance(h, HeldOut)]
         data |= {"heldout": heldout[0] if heldout else []}
         for path, content in (
@@ -145,6 +168,7 @@ class _Loop:
             return self._initial_state(), 0
         saved = self.checkpointer.metadata(latest)
         refuse_changes(self.run.as_json(), self.fingerprint, saved, self.folder.path)
+        refuse_gap(self.run.data, latest + self.run.train.data_from_step, saved)
         return self.checkpointer.restore(latest, self.trainer.abstract_state), latest
 
     def _initial_state(self) -> TrainState:
@@ -158,55 +182,49 @@ class _Loop:
         found = find_checkpoint(sources[0]) if len(sources) == 1 else None
         if found and found[0].has_train_state(found[1]):  # it comes along
             reader, step = found
+            saved = saved_model(reader.metadata(step), reader.path(step))
+            refuse_other_model(saved, run.model, reader.path(step))
             state = reader.restore(step, self.trainer.abstract_state)
             zero = jax.device_put(np.int32(0), self.trainer.shardings.step)
             return state._replace(step=zero, skip=self.trainer.empty_skip_state())
         params = load_sharded(sources, run.model, self.trainer.shardings.params)
         return self.trainer.init_state(params)
 
-    def run_to_end(self) -> int:
+    def run_to_end(self, at_end: Callable[[], None]) -> int:
         plan, train = self.plan, self.run.train
         end = min(plan.steps, train.stop_at or plan.steps)
         with ExitStack() as stack:
             stack.callback(self.checkpointer.close)
             state, first = self._restore()
             self._write_facts()
-            writer = stack.enter_context(
+            stack.callback(at_end)
+            self.writer = stack.enter_context(
                 MetricsWriter(self.folder.path, train.tensorboard, train.wandb, first)
             )
             stack.enter_context(_on_signals(self._request_stop))
-            progress = stack.enter_context(Progress(end, first))
+            self.progress = stack.enter_context(Progress(end, first))
+            message = self.progress.message
             if first:
-                progress.message(f"resuming {self.folder.path} from step {first}")
+                message(f"resuming {self.folder.path} from step {first}")
             if self.dataset is None and self.checkpointer.latest() is None:
-                self._evaluate(state, 0, writer, progress)
-                self._save(0, state, writer)
+                self._evaluate(state, 0)
+                self._save(0, state)
                 self.checkpointer.wait()
-                progress.message(f"saved the initial weights in {self.folder.path}")
+                message(f"saved the initial weights in {self.folder.path}")
             elif first >= end:
-                progress.message(f"nothing to do: step {first} is finished, the end is step {end}")
+                message(f"nothing to do: step {first} is finished, the end is step {end}")
             else:
-                return self._steps(state, first, end, writer, progress)
+                return self._steps(state, first, end)
             return STATUS_DONE
 
-    def _steps(
-        self,
-        state: TrainState,
-        first: int,
-        end: int,
-        writer: MetricsWriter,
-        progress: Progress,
-    ) -> int:
+    def _steps(self, state: TrainState, first: int, end: int) -> int:
         """Dispatches each step before it fetches the metrics of the one before."""
         assert self.dataset is not None
         ahead = self.run.train.data_from_step
-        batches = load_batches(
-            self.dataset, first + ahead, end + ahead, jax.process_index(), jax.process_count()
-        )
+        batches = load_batches(self.dataset, first + ahead, end + ahead)
         if self.checkpointer.should_save(0) and first == 0:
-            self._save(0, state, writer)
-        log, train = _StepLog(self, writer, progress), self.run.train
-        saved = first
+            self._save(0, state)
+        log = _StepLog(self, first)
         for step in range(first, end):
             waiting = time.perf_counter()
             at, batch = next(batches)
@@ -215,31 +233,40 @@ class _Loop:
             rate, clip = self.plan.learning_rate(step), self.plan.clip_norm(step)
             state, metrics = self.trainer.step(state, self._device_batch(batch), rate, clip)
             log.dispatched(step, metrics, batch, rate, waited)
-            done = step + 1
-            evaluate = done == end or done % (train.heldout_every or end) == 0
-            stopping = self.stop_signal is not None
-            due = done == end or stopping or self.checkpointer.should_save(done)
             self.checkpointer.check()
-            if not (evaluate or due or log.failing):
-                continue
-            log.fetch()
-            if log.failing and (done == end or log.failing >= train.nonfinite_steps):
-                self._stop_nonfinite(state, log, writer, saved)
-            if evaluate:
-                self._evaluate(state, done, writer, progress)
-            if due and not log.failing:
-                self._save(done, state, writer)
-                saved = done
-            if stopping and done < end:
-                self.checkpointer.wait()
-                name = signal.Signals(self.stop_signal or 0).name
-                progress.message(
-                    f"{name}: saved step {saved}, leaving with status {STATUS_PREEMPTED}; the same "
-                    "command goes on from there"
-                )
+            if self._leave_after(step + 1, end, state, log):
                 return STATUS_PREEMPTED
         self.checkpointer.wait()
         return STATUS_DONE
+
+    def _leave_after(self, done: int, end: int, state: TrainState, log: "_StepLog") -> bool:
+        """After `done` steps: evaluates and saves where that is due; whether to leave early."""
+        train, last, stopping = self.run.train, done == end, self.stop_signal is not None
+        evaluate = last or done % (train.heldout_every or end) == 0
+        save = last or self.checkpointer.should_save(done)
+        if not (evaluate or save or stopping or log.failing):
+            return False
+        log.fetch()
+        if log.failing and (last or log.failing >= train.nonfinite_steps):
+            self._stop_nonfinite(state, log)
+        if evaluate:
+            try:
+                self._evaluate(state, done)
+            except Exception:  # the next start is not to repeat the steps up to here
+                self._save_last_good(state, log)
+                raise
+        if stopping and not last:
+            good = self._save_last_good(state, log)
+            name = signal.Signals(self.stop_signal or 0).name
+            self.progress.message(
+                f"{name}: saved step {good}, leaving with status {STATUS_PREEMPTED}; the same "
+                "command goes on from there"
+            )
+            return True
+        if save and not log.failing:
+            self._save(done, state)
+        log.restart_clock()
+        return False
 
     def _device_batch(self, batch):
         """The batch on the devices, without what the model does not need to look at."""
@@ -248,21 +275,21 @@ class _Loop:
             batch = batch._replace(segment_ids_BT=None, positions_BT=None)
         return to_global(self.mesh, batch._replace(instance_ids_B=None))
 
-    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter, progress: Progress):
+    def _evaluate(self, state: TrainState, step: int) -> None:
         model = bind(self.model, state.params)
         row: dict[str, Any] = {}
         for evaluator in self.evaluators:
             found = evaluator(model, step)
             row |= found.metrics
             for prompt, text in found.samples:
-                writer.write_sample(step, prompt, text)
+                self.writer.write_sample(step, prompt, text)
         if row:
             row = {"step": step, "tokens": self.plan.tokens_after(step), "time": time.time()} | row
-            writer.write(row)
-            progress.update(step, row)
+            self.writer.write(row)
+            self.progress.update(step, row)
 
-    def _save(self, step: int, state: TrainState, writer: MetricsWriter) -> None:
-        writer.flush()  # the rows up to here are on disk before the checkpoint counts
+    def _save(self, step: int, state: TrainState) -> None:
+        self.writer.flush()  # the rows up to here are on disk before the checkpoint counts
         metadata = {
             "n": self.plan.first_n(step),
             "tokens": self.plan.tokens_after(step),
@@ -272,19 +299,23 @@ class _Loop:
         end = step == self.plan.steps or step == self.run.train.stop_at
         self.checkpointer.save(step, state, metadata, permanent=end or None)
 
-    def _stop_nonfinite(self, state, log: "_StepLog", writer: MetricsWriter, saved: int) -> None:
-        """Saves the last good state under its own step, and raises."""
+    def _save_last_good(self, state: TrainState, log: "_StepLog") -> int:
+        """Saves the state under the last step that was finite, and returns that step; the ones
+        after it have changed nothing but the state's count."""
         good = log.last_finite
-        if good is not None and good > saved:
-            step = jax.device_put(np.int32(good), self.trainer.shardings.step)
-            self._save(good, state._replace(step=step), writer)
-            self.checkpointer.wait()
-        last_good = saved if good is None else good
-        n = self.plan.first_n(last_good)
+        step = jax.device_put(np.int32(good), self.trainer.shardings.step)
+        self._save(good, state._replace(step=step))
+        self.checkpointer.wait()
+        return good
+
+    def _stop_nonfinite(self, state: TrainState, log: "_StepLog") -> None:
+        """Saves the last good state under its own step, and raises."""
+        good = self._save_last_good(state, log)
+        n = self.plan.first_n(good)
         raise UserError(
             f"loss or gradient was not finite in {log.failing} steps in a row, the first is step "
-            f"{last_good + 1} with instances {log.failing_ids}; the state before it is kept as "
-            f"step {last_good}. Look at them with `olmo-jax data inspect {self.folder.path} {n}` "
+            f"{good + 1} with instances {log.failing_ids}; the state before it is kept as "
+            f"step {good}. Look at them with `olmo-jax data inspect {self.folder.path} {n}` "
             "and on, then lower Optimizer.learning_rate or mend the data, and fork"
         )
 
@@ -293,22 +324,31 @@ class _Loop:
 
 
 class _StepLog:
-    """Fetches each step's metrics one step late, and turns them into rows."""
+    """Fetches each step's metrics one step late, and turns them into rows.
 
-    def __init__(self, loop: _Loop, writer: MetricsWriter, progress: Progress):
-        self.plan, self.writer, self.progress = loop.plan, writer, progress
+    On CPU at once: there a dispatch returns when the step is done (parallel/runtime.py).
+    """
+
+    def __init__(self, loop: _Loop, first: int):
+        self.plan, self.writer, self.progress = loop.plan, loop.writer, loop.progress
         T = loop.run.data.sequence_length
         self.flops = flops_per_token(loop.run.model, T)
         self.devices = loop.mesh.devices
         self.pending: tuple | None = None
-        self.before = time.perf_counter()
         self.failing = 0
         self.failing_ids: list[int] = []
-        self.last_finite: int | None = None
+        self.last_finite = first
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next step's time what came before now."""
+        self.before = time.perf_counter()
 
     def dispatched(self, step: int, metrics, batch, rate: float, waited: float) -> None:
         self.fetch()
         self.pending = (step, metrics, batch.instance_ids_B, rate, waited)
+        if self.devices.flat[0].platform == "cpu":
+            self.fetch()
 
     def fetch(self) -> None:
         if self.pending is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_jax.errors import UserError
+from olmo_jax.files import replacing
 from olmo_jax.train.tensorboard import EventFile
 
 
@@ -68,8 +69,7 @@ class JsonlLog:
             self._file.close()
 
     def _cut_after(self, resume_step: int) -> None:
-        new_path = self.path.with_name(self.path.name + ".new")
-        with open(new_path, "wb") as new:
+        with replacing(self.path) as new:
             if resume_step > 0 and self.path.exists():
                 with open(self.path, "rb") as old:
                     for number, line in enumerate(old, 1):
@@ -80,12 +80,6 @@ class JsonlLog:
                             )
                         elif step is not None and step <= resume_step:
                             new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(new_path, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself must be durable before a checkpoint relies on it
-        os.close(folder)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -6,11 +6,11 @@ Pure arithmetic on the configuration and the data's batch-size schedule; steps a
 from olmo_jax.data.steps import Steps
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.optimizer import clip_threshold
-from olmo_jax.train.schedules import learning_rate
+from olmo_jax.train.schedules import check, learning_rate
 
 
 class Plan:
-    """What each step of a run is given."""
+    """What each step of a run is given. UserError when the schedule does not fit the run."""
 
     def __init__(self, run: RunConfig):
         self.run = run
@@ -25,6 +25,7 @@ class Plan:
         first = run.train.data_from_step
         self.batch_sizes = self.batches.sizes_between(first, first + self.steps)
         self.tokens = self.tokens_after(self.steps)
+        check(run.schedule, run.optimizer.learning_rate, self.steps, self.tokens)
 
     def tokens_after(self, steps: int) -> int:
         """Tokens that the first `steps` steps consume, padding included."""

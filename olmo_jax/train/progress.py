@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from olmo_jax.numerals import count_text
+
 SECONDS_BETWEEN_LINES = 10.0
 SHOW_CURSOR = b"\x1b[?25h\n"
 
@@ -94,7 +96,7 @@ class Progress:
             ("heldout/bits_per_byte", lambda bits: f"held-out {bits:.3f} bits per byte"),
             ("expert_load_max", lambda load: f"fullest expert {load:.2f} x the mean"),
             ("learning_rate", lambda rate: f"learning rate {rate:.2e}"),
-            ("tokens_per_second", lambda speed: f"{format_count(speed)} tokens/s"),
+            ("tokens_per_second", lambda speed: f"{count_text(speed)} tokens/s"),
             ("mfu", lambda mfu: f"MFU {mfu:.1%}"),
             ("data_wait_share", lambda share: f"waiting for data {share:.0%}"),
         )
@@ -144,15 +146,6 @@ class Progress:
         os.write(self._console.file.fileno(), SHOW_CURSOR)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-
-
-def format_count(number: float) -> str:
-    """24135.2 as "24.1k", 3.2e6 as "3.20M": three digits are what a person compares."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * scale:
-            value = number / scale
-            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{letter}"
-    return f"{number:.0f}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,14 +1,14 @@
-"""What may change between a checkpoint and the run that goes on from it, and forking."""
+"""What may change between a checkpoint and the run that goes on from it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from olmo_jax.checkpoint import CheckpointReader, RunFolder
-from olmo_jax.checkpoint.checksums import write_manifest
+from olmo_jax.data.config import DataConfig
+from olmo_jax.data.steps import Steps
 from olmo_jax.errors import UserError
+from olmo_jax.train.config import RunConfig
 
 # Bindings that change neither the numbers nor the data of the steps to come.
 _MAY_CHANGE = {
@@ -60,7 +60,11 @@ def refuse_changes(
         f"give the same again, another Train.run_dir, or `olmo-jax fork {run_dir} NEW_RUN` to go "
         "on with the change on purpose"
     )
-    differs = differing_bindings(config, saved["config"])
+    try:  # fields that an older version did not know have their defaults
+        was = RunConfig.from_json(saved["config"]).as_json()
+    except UserError as error:
+        raise UserError(f"the checkpoint in {run_dir} has {error}; {advice}") from None
+    differs = differing_bindings(config, was)
     if differs:
         raise UserError(
             f"the configuration is not that of the checkpoint in {run_dir}: "
@@ -73,27 +77,20 @@ def refuse_changes(
         )
 
 
-def fork(run_dir: Path | str, new_run_dir: Path | str, step: int | None = None) -> int:
-    """Starts a new run folder from one checkpoint of another (the newest without a step).
+def refuse_gap(data: DataConfig, step: int, saved: Mapping[str, Any]) -> None:
+    """Raises UserError when a fork's batch sizes would skip instances after `step`, or repeat them.
 
-    The next `olmo-jax train` there goes on from that step with whatever configuration it is given.
-    Returns the step. Raises UserError for a missing or damaged checkpoint, or a folder in use.
+    `step` is counted in the data's order (with Train.data_from_step); `saved` is the checkpoint's
+    metadata, whose n is where in that order it stands.
     """
-    old, new = RunFolder(run_dir), RunFolder(new_run_dir)
-    reader = CheckpointReader(old.checkpoints)
-    step = reader.latest() if step is None else step
-    if step is None:
-        raise UserError(f"{run_dir}: there is no complete checkpoint to fork from")
-    metadata = reader.metadata(step)
-    reader.verify(step)
-    if new.path.exists() and any(new.path.iterdir()):
-        raise UserError(f"{new_run_dir}: the folder is not empty; give a new one")
-    new.open_for_writing()
-    target = CheckpointReader(new.checkpoints).path(step)
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copytree(reader.path(step), temporary)
-    metadata |= {"forked_from": {"run": str(old.path), "step": step}, "permanent": True}
-    new.write_text(temporary / "metadata.json", json.dumps(metadata, indent=1))
-    write_manifest(temporary)
-    temporary.rename(target)
-    return step
+    steps = Steps(data.batch_size, data.batch_size_schedule)
+    if (n := steps.first_n(step)) == saved["n"]:
+        return
+    old = saved["config"]["Data"]
+    before = [(at, size) for at, size in old["batch_size_schedule"] if at < step]
+    raise UserError(
+        f"the checkpoint's {step} steps consumed {saved['n']} instances, and would have consumed "
+        f"{n} with these batch sizes: give Data.batch_size = {old['batch_size']} and "
+        f"Data.batch_size_schedule = {(*before, (step, steps.batch_size(step)))}, so that the new "
+        "size begins here"
+    )

@@ -5,6 +5,7 @@ int32. The formulas are those of OLMo (olmo/optim.py) and OLMo-core (optim/sched
 """
 
 import math
+from itertools import accumulate
 from typing import Literal
 
 from pydantic import ConfigDict, model_validator
@@ -177,6 +178,14 @@ def learning_rate(
     return _value(config, float(peak), current, config.length or total)
 
 
+def check(config: ScheduleConfig, peak: float, total_steps: int, total_tokens: int) -> None:
+    """Raises what `learning_rate` would raise at any time of the run."""
+    total = total_steps if config.units == "steps" else total_tokens
+    for after in (0, *accumulate(config.stage_lengths), total - 1):
+        if 0 <= after < total:
+            _value(config, peak, after + 1, config.length or total)
+
+
 def _value(config: ScheduleConfig, peak: float, current: int, length: int) -> float:
     """`config` at `current` out of `length`, both in the schedule's units."""
     if config.kind == "sequential":
@@ -231,6 +240,11 @@ def _extents(config: ScheduleConfig, length: int) -> tuple[int, int]:
     warmup = config.warmup
     if config.warmup_fraction is not None:
         warmup = round(length * config.warmup_fraction)
+    if config.kind in ("inverse_sqrt", "power") and not warmup:
+        raise UserError(
+            f"Schedule: {config.kind} falls from a warm-up, and warmup_fraction = "
+            f"{config.warmup_fraction} of {length:,} {config.units} is none: lengthen it"
+        )
     decay = 0
     if config.kind in ("wsd", "power"):
         fraction = 0.1 if config.decay_fraction is None else config.decay_fraction

@@ -191,18 +191,24 @@ def test_run_folder_writes_whole_files_or_nothing(tmp_path):
     run = RunFolder(tmp_path / "a" / "run")
     run.open_for_writing()
     run.write_text(run.config_json, "old")
-    run.config_gin.mkdir()  # in the way: the write must fail and leave nothing behind
-    with pytest.raises(UserError, match=r"config\.gin"):
-        run.write_text(run.config_gin, "new")
+    run.data_json.mkdir()  # in the way: the write must fail and leave nothing behind
+    with pytest.raises(UserError, match=r"data\.json"):
+        run.write_text(run.data_json, "new")
     assert sorted(path.name for path in run.path.iterdir()) == [
         ".lock",
         "checkpoints",
-        "config.gin",
         "config.json",
+        "data.json",
     ]
-    run.append_text(run.metrics_jsonl, "1\n")
-    run.append_text(run.metrics_jsonl, "2\n")
-    assert run.metrics_jsonl.read_text() == "1\n2\n" and run.config_json.read_text() == "old"
+    assert run.config_json.read_text() == "old"
+
+
+def test_a_conversion_into_the_run_folder_that_was_killed_is_not_in_the_way(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / ".hf.77.tmp").mkdir()  # what `olmo-jax convert RUN RUN/hf` builds
+    (tmp_path / ".config.json.77.tmp").write_text("{")  # half a small file
+    run.open_for_writing()
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".hf.77.tmp"]
 
 
 def test_run_folder_refuses_a_file_and_a_second_process(tmp_path):

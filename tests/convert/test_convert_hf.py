@@ -283,9 +283,11 @@ def test_the_tokenizer_travels_along(tmp_path, tokenizer_json):
     convert(run, tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "to be — or not\n to bé"
-    assert theirs.encode(text) == load_tokenizer(run).encode(text).ids
+    assert theirs.encode(text) == load_tokenizer(run)[0].encode(text).ids
     assert theirs.decode(theirs.encode(text)) == text
     assert (theirs.eos_token, theirs.pad_token) == ("<|endoftext|>", "<|padding|>")
+    for place in (run, tmp_path / "hf"):
+        assert load_tokenizer(place)[1] == 0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"]) == (0, 1)
 

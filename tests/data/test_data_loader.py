@@ -150,6 +150,24 @@ def test_olmo_epochs_end_where_a_batch_would_not_be_full(dataset):
     assert [data.instance_id(len(data) + i) for i in range(6)] == shuffled[:6].tolist()
 
 
+def test_reading_threads_that_need_the_same_index_file_at_once_all_get_it(tmp_path):
+    np.zeros(800_000, np.uint8).tofile(tmp_path / "a.npy")
+    config = DataConfig(
+        paths=(str(tmp_path / "a.npy"),),
+        sequence_length=2,
+        batch_size=50,
+        order="olmo",
+        index_dir=str(tmp_path / "index"),
+    )
+    data = open_dataset(config, 256)
+    # 400,000 instances are more than is kept in memory; step 8000 begins the second epoch.
+    batches = dict(load_batches(data, 7990, 8010))
+    assert [batches[step].instance_ids_B[0] for step in range(7990, 8010)] == [
+        data.instance_id(step * 50) for step in range(7990, 8010)
+    ]
+    assert len(list((tmp_path / "index").iterdir())) == 2
+
+
 def test_the_fingerprint_follows_content_and_order_and_not_the_folder(dataset, tmp_path):
     first = dataset().fingerprint
     assert dataset().fingerprint == dataset(workers=2, prefetch=9).fingerprint == first

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmo_jax.data import DataConfig, open_dataset
-from olmo_jax.data.packing import best_fit_decreasing, cut
+from olmo_jax.data.packing import PackedInstances, best_fit_decreasing, cut
 
 
 def bins(lengths, capacity):
@@ -127,3 +127,20 @@ def test_an_index_file_is_written_once_and_follows_the_data(write_tokens, tmp_pa
     write_tokens("a.npy", [*lengths[::-1], 7])
     assert open_dataset(config, 1000).fingerprint != first.fingerprint
     assert len(list((tmp_path / "index").iterdir())) == 2
+
+
+def test_each_of_many_small_files_is_packed_once(write_tokens, tmp_path, monkeypatch):
+    paths = tuple(str(write_tokens(f"{k}.npy", [3, 4, 5], seed=k)) for k in range(70))
+    built = []
+    build = PackedInstances._build
+
+    def counted(self, group):
+        built.append(group)
+        return build(self, group)
+
+    monkeypatch.setattr(PackedInstances, "_build", counted)
+    config = DataConfig(paths=paths, sequence_length=8, instances="packed", eos_token_id=0)
+    dataset = open_dataset(config, 1000)
+    for instance_id in range(len(dataset)):
+        dataset.row(instance_id)
+    assert len(built) == 70

@@ -149,9 +149,28 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer, mo
     text = "né 漢字 🙂 ok"
     ids = tokenizer.encode(text).ids  # bytes: characters of up to four tokens
     monkeypatch.setattr("olmo_jax.generate.text.generate", lambda *_, **__: iter(ids))
-    pieces = list(generate_text(init(TINY), tokenizer, "x", 10))
+    pieces = list(generate_text(init(TINY), tokenizer, "x", 10, eos_id=None))
     assert "".join(pieces) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def test_text_ends_at_the_models_own_eos_and_not_at_the_tokenizers(tokenizer):
+    model = init(dataclasses.replace(TINY, vocab_size=300))
+
+    def ids(eos_id):
+        kept: list[int] = []
+        text = "".join(generate_text(model, tokenizer, "n", 50, eos_id=eos_id, ids=kept))
+        assert text == tokenizer.decode(kept, skip_special_tokens=False)
+        return kept
+
+    whole = ids(None)
+    assert len(whole) == 50
+    eos = whole[20]
+    assert ids(eos) == whole[: whole.index(eos)]
+    begun = list(generate(model, [eos], 5))  # an empty prompt begins a document
+    kept: list[int] = []
+    list(generate_text(model, tokenizer, "", 5, eos_id=eos, ids=kept))
+    assert kept == (begun[: begun.index(eos)] if eos in begun else begun)
 
 
 @pytest.mark.parametrize(

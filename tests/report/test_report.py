@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from olmo_jax.errors import UserError
+from olmo_jax.numerals import count_text, size_text
 from olmo_jax.parallel.environment import environment
 from olmo_jax.report.plots import Curve, make_plot, tick_text, ticks
-from olmo_jax.report.report import count_text, size_text, time_text, write_report
+from olmo_jax.report.report import time_text, write_report
 
 HOSTILE = "</pre></script><script>alert('x')</script><img src=http://evil.example/x onerror=\"y\">"
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from olmo_jax.config import load_config
@@ -45,7 +46,9 @@ def test_a_plan_in_tokens_and_a_batch_schedule():
 
 
 def test_a_mesh_that_does_not_fit_is_told_and_not_raised():
-    assert "one device" in lines()["mesh"] or "fsdp" in lines()["mesh"]
+    platform, count = jax.devices()[0].device_kind, jax.device_count()
+    axes = f"fsdp {count}" if count > 1 else "one device"
+    assert lines()["mesh"].strip() == f"{axes} ({count} x {platform})"
     assert "does not fit this machine" in lines("Mesh.fsdp=4096")["mesh"]
 
 

@@ -87,7 +87,6 @@ def test_a_file_torn_anywhere_after_the_checkpoint_resumes(
     log.close()
     with open(path, "r+b") as file:
         file.truncate(max(durable, path.stat().st_size - torn_bytes))
-    path.with_name("metrics.jsonl.new").write_text("left by a killed resume")
     log = JsonlLog(path, resume_step)
     log.write({"step": resume_step + 1})
     log.close()

@@ -11,7 +11,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from olmo_jax.train.progress import Progress, format_count, format_seconds
+from olmo_jax.numerals import count_text
+from olmo_jax.train.progress import Progress, format_seconds
 
 ROW = {
     "loss": 3.25,
@@ -125,7 +126,7 @@ def test_the_programs_own_signal_handlers_are_left_alone():
 
 
 def test_numbers_and_times_are_written_for_people():
-    assert [format_count(n) for n in (7, 999.6, 24135, 1e6, 3.217e9)] == [
+    assert [count_text(n) for n in (7, 999.6, 24135, 1e6, 3.217e9)] == [
         *("7", "1.00k", "24.1k", "1.00M", "3.22B")
     ]
     assert [format_seconds(s) for s in (0.4, 65, 3599.6, 90061)] == [

@@ -3,14 +3,15 @@
 import pytest
 
 from olmo_jax.errors import UserError
+from olmo_jax.train.config import RunConfig
 from olmo_jax.train.resume import differing_bindings, refuse_changes
 
-CONFIG = {
-    "Model": {"d_model": 8, "remat": "none"},
-    "Data": {"seed": 1, "workers": 0},
-    "Train": {"steps": 10, "stop_at": None, "run_dir": "a"},
-    "Mesh": {"fsdp": -1},
-}
+CONFIG = RunConfig.from_json(
+    {
+        "Model": {"vocab_size": 9, "d_model": 8, "n_layers": 1, "n_heads": 1, "mlp_width": 8},
+        "Train": {"steps": 10, "run_dir": "a"},
+    }
+).as_json()
 
 
 def changed(component, field, value):
@@ -54,3 +55,16 @@ def test_changed_data_is_refused(tmp_path):
     refuse_changes(CONFIG, "x", {"config": CONFIG, "fingerprint": "x"}, tmp_path)
     with pytest.raises(UserError, match="the data is not that of the checkpoint"):
         refuse_changes(CONFIG, "y", {"config": CONFIG, "fingerprint": "x"}, tmp_path)
+
+
+def test_fields_of_another_version(tmp_path):
+    older = {**CONFIG, "Train": {**CONFIG["Train"]}}
+    del older["Train"]["z_loss"]
+    refuse_changes(CONFIG, "x", {"config": older, "fingerprint": "x"}, tmp_path)
+    with pytest.raises(UserError, match=r"Train.z_loss = 0.1 \(was 0.0\)"):
+        refuse_changes(
+            changed("Train", "z_loss", 0.1), "x", {"config": older, "fingerprint": "x"}, tmp_path
+        )
+    newer = changed("Train", "warp", 9)
+    with pytest.raises(UserError, match=r"warp is no field.*olmo-jax fork"):
+        refuse_changes(CONFIG, "x", {"config": newer, "fingerprint": "x"}, tmp_path)

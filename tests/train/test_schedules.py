@@ -7,6 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from olmo_jax.errors import UserError
+from olmo_jax.train.config import RunConfig
+from olmo_jax.train.plan import Plan
 from olmo_jax.train.schedules import ScheduleConfig, learning_rate
 
 CASES = json.loads((Path(__file__).parent / "golden.json").read_text())["schedules"]
@@ -108,3 +110,40 @@ def test_what_does_not_fit_the_run_is_refused_at_the_first_step():
         at_step(ScheduleConfig(kind="wsd", warmup=60, decay=60), 1e-3, 1, 100)
     with pytest.raises(UserError, match="final_fraction"):
         at_step(ScheduleConfig(kind="power", warmup=1, final_fraction=0.5), 1e-3, 1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {
+                "kind": "sequential",
+                "stage_kinds": ("cosine", "wsd"),
+                "stage_lengths": (90,),
+                "stage_decays": (0, 11),
+            },
+            "do not fit",
+        ),
+        ({"kind": "power", "warmup": 5, "final_fraction": 0.9}, "power has fallen to"),
+        (
+            {"kind": "inverse_sqrt", "warmup_fraction": 0.001},
+            "warmup_fraction = 0.001 of 100 steps",
+        ),
+    ],
+)
+def test_what_would_be_refused_at_some_step_is_refused_by_the_plan(fields, message):
+    def plan(**schedule):
+        return Plan(
+            RunConfig.from_json(
+                {
+                    "Model": dict.fromkeys(("vocab_size", "n_layers", "n_heads", "mlp_width"), 4)
+                    | {"d_model": 8},
+                    "Schedule": schedule,
+                    "Train": {"steps": 100},
+                }
+            )
+        )
+
+    assert plan(kind="cosine").learning_rate(99) > 0
+    with pytest.raises(UserError, match=message):
+        plan(**fields)
