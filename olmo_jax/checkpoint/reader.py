@@ -161,7 +161,8 @@ class CheckpointReader:
             if (top == "params") != (item == "params"):
                 continue
             inner = rest if item == "params" else name
-            base = f"file://{self.path(step) / item}/"
+            # A path and no URL, in which a "|" or "%" in a folder's name would mean something.
+            base = {"driver": "file", "path": f"{self.path(step) / item}/"}
             kvstore = {"driver": "ocdbt", "base": base, "path": inner.replace("/", ".")}
             opened[inner] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True)
         return {name: future.result() for name, future in opened.items()}
