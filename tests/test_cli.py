@@ -242,6 +242,15 @@ def test_train_fork_convert_generate_report(tokens, tmp_path, capfd):
     changed = [f"--gin.Train.run_dir={forked}", "--gin.Train.steps=4", "--gin.Data.seed=3"]
     assert cli.run(["train", *tokens, *changed]) == 0
     assert cli.run(["convert", run, exported, "--to=hf"]) == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    bits = next(row["heldout/bits_per_byte"] for row in rows if "heldout/bits_per_byte" in row)
+    for line in (
+        "# run",
+        "| steps | 4 of 4 |",
+        "| tokens | 2,048 |",
+        f"| bits per byte | {bits:.6g} |",
+    ):
+        assert f"{line}\n" in card, line
     capfd.readouterr()
     texts = []
     for model in (run, exported):

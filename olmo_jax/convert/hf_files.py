@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from olmo_jax.convert.card import model_card
 from olmo_jax.convert.hf import architecture_of, rows_of
 from olmo_jax.convert.hf_config import to_hf_config
 from olmo_jax.convert.safetensors_io import write_folder
@@ -17,12 +18,13 @@ _PAD_NAMES = ("<|pad|>", "<|padding|>", "<pad>")
 
 
 def write(folder: Path, source: Source, options: Options) -> None:
-    """config.json, safetensors (in shards, with an index), generation_config.json, and the
-    tokenizer's files where the source has any. Raises UserError when no transformers class computes
-    this model, OSError from the disk."""
-    config = source.config
-    tensors = planned(source, rows_of(config, architecture_of(config)), options)
+    """config.json, safetensors (in shards, with an index), generation_config.json, the tokenizer's
+    files where the source has any, and a model card. Raises UserError when no transformers class
+    computes this model, OSError from the disk."""
+    config, architecture = source.config, architecture_of(source.config)
+    tensors = planned(source, rows_of(config, architecture), options)
     files = _small_files(source, options.dtype or stored_dtype(source, ["embed.weight"]))
+    files["README.md"] = model_card(source, architecture.class_name).encode()
     write_folder(folder, tensors, options.max_shard_bytes, options.progress)
     for name, content in files.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else _dumps(content))

@@ -19,6 +19,7 @@ from olmo_jax.convert.hf import ignored_names, rows_of
 from olmo_jax.convert.hf_config import from_hf_config
 from olmo_jax.convert.remote import TOKENIZER_FILES as TRAVELLING
 from olmo_jax.convert.remote import local_folder
+from olmo_jax.convert.run_facts import RunFacts, run_facts
 from olmo_jax.convert.safetensors_io import INDEX, SINGLE, SafetensorsFolder, common_dtype
 from olmo_jax.convert.table import Row
 from olmo_jax.convert.torch_files import TorchTensors
@@ -44,6 +45,10 @@ class Source(Protocol):
     def read(self, path: str, layer: int | None = None, expert: int | None = None) -> np.ndarray:
         """A weight by our dotted path, (in, out); of a stacked one a single layer, if given, and
         of that a single expert."""
+        ...
+
+    def run_facts(self) -> RunFacts | None:
+        """What is known of the run that trained it; None where that is nothing."""
         ...
 
 
@@ -117,6 +122,9 @@ class TableSource:
         rows = self.tensors.read(name, row.span(path, config) if row.layout == "rows" else None)
         values = row.extract_span(rows, path, config)
         return values if expert is None or row.by_expert else values[expert]
+
+    def run_facts(self) -> None:
+        """Other programs' files tell nothing."""
 
 
 @contextmanager
@@ -211,7 +219,8 @@ class _Checkpoint:
     """One of our own checkpoints, read by slices."""
 
     def __init__(self, reader: CheckpointReader, step: int):
-        saved = reader.metadata(step)
+        self._reader, self._step = reader, step
+        self._metadata = saved = reader.metadata(step)
         self.config = saved_model(saved, reader.path(step))
         self.eos_token_id = saved["config"]["Data"].get("eos_token_id")
         self.files: Mapping[str, bytes] = {
@@ -231,6 +240,9 @@ class _Checkpoint:
         for index in (layer, expert):
             tensor = tensor if index is None else tensor[index]
         return np.asarray(tensor.read(order=order).result())
+
+    def run_facts(self) -> RunFacts | None:
+        return run_facts(self._reader, self._step, self._metadata)
 
 
 def _transformers(folder: Path) -> TableSource:
