@@ -18,7 +18,7 @@ SHAPES = {
     ),
 }
 SHAPES["olmo2_1b"] = preset("olmo2_1b")
-for _layers in (8, 16):  # the same width, twice the depth
+for _layers in (16, 32):  # the same width, twice the depth
     SHAPES[f"{_layers} layers"] = ModelConfig(
         vocab_size=1024, d_model=1024, n_layers=_layers, n_heads=8, mlp_width=2816
     )

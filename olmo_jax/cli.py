@@ -185,7 +185,7 @@ def convert(
     *sources, target = paths
     if len(sources) != 1 and not (average and sources):
         raise UserError(f"{len(paths)} paths given: give a source and a target (or --average)")
-    with progress("writing") as advance:
+    with progress("writing and verifying" if verify else "writing") as advance:
         report = convert(
             sources,
             target,

@@ -155,6 +155,9 @@ class CheckpointReader:
         """
         saved = self.metadata(step)["arrays"]
         self._refuse_damage(step, (f"{item}/",))
+        # Files are mapped: with one copy less, OLMo 2 1B (3 GB) went to transformers' format in 3.5
+        # and 5.7 s against 5.2 and 5.5 s (two runs each, on a machine whose figures vary so).
+        context = ts.Context({"file_io_mode": {"mode": "memmap"}})
         opened = {}
         for name in saved:
             top, _, rest = name.partition("/")
@@ -164,7 +167,9 @@ class CheckpointReader:
             # A path and no URL, in which a "|" or "%" in a folder's name would mean something.
             base = {"driver": "file", "path": f"{self.path(step) / item}/"}
             kvstore = {"driver": "ocdbt", "base": base, "path": inner.replace("/", ".")}
-            opened[inner] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True)
+            opened[inner] = ts.open(
+                {"driver": "zarr", "kvstore": kvstore}, open=True, context=context
+            )
         return {name: future.result() for name, future in opened.items()}
 
     def _all_steps(self) -> list[int]:

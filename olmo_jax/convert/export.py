@@ -42,7 +42,8 @@ def convert(
     `to` is one of `FORMATS`. Of several sources the mean is written, in float32. Tensors pass
     through one at a time, in the type in which they are stored unless `dtype` gives another.
     `progress(done, total)` counts bytes. With `verify`, what was written is read again and compared
-    before it gets its name, and what was compared is returned in words. Raises UserError.
+    before it gets its name (as many bytes again), and what was compared is returned in words.
+    Raises UserError.
     """
     if to not in FORMATS:
         raise UserError(f"--to={to}: this version writes {', '.join(FORMATS)}")
@@ -54,10 +55,11 @@ def convert(
         report = None
         try:
             unfinished.mkdir(parents=True)
-            FORMATS[to](unfinished, source, Options(dtype, max_shard_bytes, progress))
+            writing, verifying = (_part(progress, i, 1 + verify) for i in (0, 1))
+            FORMATS[to](unfinished, source, Options(dtype, max_shard_bytes, writing))
             if verify:
                 with open_source(unfinished) as written:
-                    count, size = compare(source, written, dtype)
+                    count, size = compare(source, written, dtype, verifying)
                 report = f"verified: {count:,} tensors, {size_text(size)}, are the source's"
             os.replace(unfinished, dst)
         except (OSError, ValueError) as error:
@@ -69,3 +71,8 @@ def convert(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return report
+
+
+def _part(progress: Progress | None, i: int, of: int) -> Progress | None:
+    """What tells of the part `i` of so many equal ones."""
+    return progress and (lambda done, total: progress(i * total + done, of * total))

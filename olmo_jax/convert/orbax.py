@@ -1,15 +1,13 @@
 """Writes a checkpoint of our own from any source, weight by weight, layer by layer."""
 
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Literal
 
 from olmo_jax.checkpoint.streamed import StreamedCheckpoint
-from olmo_jax.convert.safetensors_io import DTYPES
 from olmo_jax.convert.source import Source
 from olmo_jax.convert.table import slices, weight_shapes
-from olmo_jax.convert.target import Options
+from olmo_jax.convert.target import Options, weight_bytes
 
 
 def write(folder: Path, source: Source, options: Options) -> None:
@@ -17,8 +15,7 @@ def write(folder: Path, source: Source, options: Options) -> None:
     config = source.config
     shapes = weight_shapes(config)
     dtypes = {path: options.dtype or source.dtype(path) for path in shapes}
-    total = sum(prod(shape) * DTYPES[dtypes[path]].itemsize for path, shape in shapes.items())
-    done = 0
+    done, total = 0, weight_bytes(source, options.dtype)
     checkpoint = StreamedCheckpoint(folder / "checkpoints" / "step0")
     try:
         for path, at in slices(config):

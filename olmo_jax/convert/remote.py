@@ -2,7 +2,7 @@
 
 A hub id (`owner/name`) goes through huggingface_hub and its cache; gs://, s3:// and http(s)://
 through fsspec (http by the standard library), into a cache of ours. Both libraries are asked for
-when they are needed: the extra `hf`, and for a bucket fsspec's own gcsfs or s3fs.
+when they are needed: the extra `hf`, and for a bucket `remote` (fsspec's gcsfs and s3fs).
 """
 
 import hashlib
@@ -108,7 +108,7 @@ def _fetch(url: str) -> Path:
 
             files = fsspec.filesystem(protocol)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: install olmo-jax[hf] to read it ({error})") from None
+        raise UserError(f"{url}: install olmo-jax[remote] to read it ({error})") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
     name = url.rpartition("/")[2] or "root"
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name

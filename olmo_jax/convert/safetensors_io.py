@@ -8,7 +8,9 @@ memory. (The library's own writer wants all of a file's tensors at once, its rea
 import json
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +28,8 @@ DTYPES = {
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _NAMES = {code: name for name, code in _CODES.items()}
 _BLOCK_BYTES = 32 * 2**20
+# Two runs of OLMo 2 1B (3 GB) from our format took 6.9 and 7.5 s without, 5.2 and 5.5 with these.
+_AHEAD = 2
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done, and of how many."""
@@ -53,6 +57,17 @@ class Planned(NamedTuple):
         rows = max(1, _BLOCK_BYTES // max(1, dtype.itemsize * math.prod(values.shape[1:])))
         for start in range(0, len(values), rows):
             yield contiguous(values[start : start + rows].astype(dtype, copy=False))
+
+
+def blocks_ahead(tensors: Iterable[Planned]) -> Iterator[np.ndarray]:
+    """The blocks of all tensors, read in a thread while those before are used: at most `_AHEAD`
+    of them (and the tensors that they are views of) wait."""
+    blocks = (block for tensor in tensors for block in tensor.blocks())
+    with ThreadPoolExecutor(1, "read") as pool:
+        waiting = deque(pool.submit(next, blocks, None) for _ in range(_AHEAD))
+        while (block := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, blocks, None))
+            yield block
 
 
 def common_dtype(names: Iterable[str]) -> str:
@@ -111,12 +126,11 @@ def write_file(file: BinaryIO, tensors: list[Planned], progress: Progress | None
     """Writes tensors, in this order, as one safetensors file."""
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     file.write(_header(tensors))
-    for tensor in tensors:
-        for block in tensor.blocks():
-            file.write(block.view(np.uint8).data)
-            done += block.nbytes
-            if progress:
-                progress(done, total)
+    for block in blocks_ahead(tensors):
+        file.write(block.view(np.uint8).data)
+        done += block.nbytes
+        if progress:
+            progress(done, total)
 
 
 def _from(start: int, total: int, progress: Progress) -> Progress:

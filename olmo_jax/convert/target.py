@@ -5,15 +5,16 @@ source's model, tensor by tensor, and raises UserError, before it writes anythin
 hold the model. That the folder appears whole or not at all is export.py's business.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from olmo_jax.convert.safetensors_io import Planned, Progress, common_dtype
+from olmo_jax.convert.safetensors_io import DTYPES, Planned, Progress, common_dtype
 from olmo_jax.convert.source import Source
-from olmo_jax.convert.table import Row
+from olmo_jax.convert.table import Row, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ def planned(source: Source, rows: Iterable[Row], options: Options) -> list[Plann
         for row in rows
         for name, at in row.places(config)
     ]
+
+
+def weight_bytes(source: Source, dtype: str | None) -> int:
+    """Bytes of all weights in `dtype` (None: as they are stored)."""
+    return sum(
+        math.prod(shape) * DTYPES[dtype or source.dtype(path)].itemsize
+        for path, shape in weight_shapes(source.config).items()
+    )
 
 
 def stored_dtype(source: Source, paths: Iterable[str]) -> str:

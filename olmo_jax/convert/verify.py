@@ -5,6 +5,7 @@ import numpy as np
 from olmo_jax.convert.safetensors_io import DTYPES, Progress
 from olmo_jax.convert.source import Source
 from olmo_jax.convert.table import slices
+from olmo_jax.convert.target import weight_bytes
 from olmo_jax.errors import UserError
 
 
@@ -13,9 +14,11 @@ def verify(
 ) -> tuple[int, int]:
     """Compares every weight, bit by bit, after rounding the source's to `dtype` (None: as stored).
 
-    Returns how many slices and bytes were compared. Raises UserError with the first that differs.
+    `progress(done, total)` counts bytes. Returns how many slices and bytes were compared. Raises
+    UserError with the first that differs.
     """
     count = done = 0
+    total = weight_bytes(source, dtype)
     for path, at in slices(source.config):
         wanted = source.read(path, *at)
         wanted = wanted.astype(DTYPES[dtype or source.dtype(path)], copy=False)
@@ -31,5 +34,5 @@ def verify(
             raise UserError(f"verification failed: {place} does not have the source's values")
         count, done = count + 1, done + wanted.nbytes
         if progress:
-            progress(done, done)
+            progress(done, total)
     return count, done

@@ -186,6 +186,17 @@ def test_verification_finds_one_changed_bit(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_progress_tells_of_writing_and_then_of_verifying(folder, tmp_path, to):
+    told = []
+    convert(folder, tmp_path / "out", to, verify=True, progress=lambda *p: told.append(p))
+    size = sum(len(content) for _, _, content in tensors(folder).values())
+    assert told[-1] == (2 * size, 2 * size) and {total for _, total in told} == {2 * size}
+    assert (size, 2 * size) in told
+    done = [done for done, _ in told]
+    assert done == sorted(done)
+
+
 def test_an_interrupted_conversion_leaves_nothing(folder, tmp_path):
     def stop(done, total):
         if done > total / 2:

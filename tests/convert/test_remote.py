@@ -12,6 +12,7 @@ from test_convert_hf import save
 
 from olmo_jax.convert.export import convert
 from olmo_jax.convert.safetensors_io import SafetensorsFolder
+from olmo_jax.errors import UserError
 
 NAME, REVISION = "someone/A-model.1", "stage1-step7"
 
@@ -75,3 +76,10 @@ def test_a_plain_web_server_is_read(folder, tmp_path):
         assert not {"pytorch_model.bin", "training_log.txt"} & set(sent)
         missing = run_convert(f"{endpoint}/nothing", tmp_path / "no", endpoint)
         assert missing.returncode == 2 and "holds no model" in missing.stderr
+
+
+@pytest.mark.parametrize(("protocol", "library"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_bucket_without_its_library_names_the_extra(tmp_path, monkeypatch, protocol, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"^{protocol}://b/m: install olmo-jax\[remote\] to read"):
+        convert(f"{protocol}://b/m", tmp_path / "hf")
