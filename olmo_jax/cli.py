@@ -27,7 +27,7 @@ STATUS_USER_ERROR, STATUS_INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="olmo-jax",
-    help="Train, study and hand on fully open language models (OLMo) in JAX.",
+    help="Train, study and hand on fully open language models (OLMo, OLMoE, Pythia) in JAX.",
     epilog="Start with: olmo-jax train --gin_file=configs/demo.gin",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -174,6 +174,9 @@ def convert(
 ) -> None:
     """Write a model as a folder for another program, or for this one.
 
+    The source's format is found by looking: transformers (safetensors or pytorch_model.bin), OLMo,
+    OLMo-core, or this program's. The tokenizer travels along; hf gets a model card, README.md.
+
     ```
     olmo-jax convert runs/demo runs/demo/hf --to=hf
     olmo-jax convert allenai/OLMo-2-0425-1B models/olmo2 --to=orbax --verify
@@ -208,7 +211,11 @@ def convert(
 @app.command()
 def generate(
     model: Annotated[
-        str, Argument(help="A run folder, one of its checkpoints, or a transformers folder.")
+        str,
+        Argument(
+            help="A run folder, one of its checkpoints, or any folder, hub id or address that "
+            "convert reads."
+        ),
     ],
     prompt: Annotated[str, Option("--prompt", help="The text to go on from.")] = "",
     max_tokens: Annotated[int, Option("--max_tokens", help="At most so many tokens.")] = 100,

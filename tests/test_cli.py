@@ -154,6 +154,15 @@ def test_dry_run_prints_a_configuration_that_gives_the_same_again(tmp_path, caps
     assert f"{again.model.parameter_count():,}" in text
 
 
+def test_dry_run_describes_every_recipe(capsys):
+    recipes = [path for path in sorted(ROOT.glob("configs/**/*.gin")) if path.stem != "base"]
+    assert len(recipes) > 40
+    for path in recipes:
+        assert cli.run(["train", f"--gin_file={path.relative_to(ROOT)}", "--dry_run"]) == 0, path
+        out, err = capsys.readouterr()
+        assert "FLOPs a token:" in out and err == "", path
+
+
 @pytest.fixture
 def documents(tmp_path):
     lines = [

@@ -19,8 +19,8 @@ from olmo_jax.model.transformer import Transformer, abstract_model, bind, parame
 
 def load(path: str | Path, step: int | None = None, revision: str | None = None) -> Transformer:
     """A model with the weights of a checkpoint: a run folder (the newest, or `step`), one of its
-    checkpoints, or a transformers folder; on this machine, at gs://, s3:// or http(s)://, or a hub
-    id (of a `revision`). Weights become float32. Raises UserError.
+    checkpoints, or another program's folder; on this machine, at gs://, s3:// or http(s)://, or a
+    hub id (of a `revision`). Weights become float32. Raises UserError.
     """
     with open_source(path, step, revision) as source:
         model = abstract_model(source.config)

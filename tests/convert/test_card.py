@@ -169,7 +169,9 @@ def test_the_lines_of_the_card_load_the_model(tmp_path):
     subprocess.run([sys.executable, "card.py"], cwd=tmp_path / "hf", check=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["a|b %41 # `c` <script> [x](y) *z*", "\n---\nlicense: mit\n---\n"])
+@pytest.mark.parametrize(
+    "name", ["a|b %41 # `c` <script> [x](y) *z*", "\n---\nlicense: mit\n---\n"]
+)
 def test_a_hostile_name_is_only_a_name(run, tmp_path, name):
     shutil.copytree(run, tmp_path / name)
     headings, rows = headings_and_cells(card(tmp_path / name, tmp_path / "hf", step=20))
