@@ -78,7 +78,7 @@ class StreamedCheckpoint:
             "driver": "zarr",
             "kvstore": {
                 "driver": "ocdbt",
-                "base": f"file://{self._params}/",
+                "base": {"driver": "file", "path": f"{self._params}/"},
                 "path": name.replace("/", "."),
             },
             "metadata": {

@@ -42,7 +42,8 @@ def written(request, tmp_path, monkeypatch) -> CheckpointReader:
     # Pieces of 100 bytes: tables and matrices are cut, and not into equal parts.
     monkeypatch.setattr(streamed, "CHUNK_BYTES", 100)
     monkeypatch.setattr(streamed, "_IN_FLIGHT_BYTES", 300)
-    checkpoint = streamed.StreamedCheckpoint(tmp_path / "step0")
+    folder = tmp_path / "100%41 a|b"  # which would be another place in a URL
+    checkpoint = streamed.StreamedCheckpoint(folder / "step0")
     for name, values in WEIGHTS.items():
         leading = LEADING[name]
         checkpoint.add(name, values.shape, str(values.dtype), leading, request.param)
@@ -50,7 +51,7 @@ def written(request, tmp_path, monkeypatch) -> CheckpointReader:
             part = values[at]
             checkpoint.write(name, at, np.asfortranarray(part) if request.param == "F" else part)
     checkpoint.commit({"step": 0, "permanent": True, "config": {}}, {"a.txt": b"kept"})
-    return CheckpointReader(tmp_path)
+    return CheckpointReader(folder)
 
 
 def test_orbax_restores_it_onto_any_sharding(written):
@@ -83,7 +84,7 @@ def test_its_description_is_orbax_own(written, tmp_path):
         checkpointer.save(0, jax.tree.map(jnp.asarray, tree()), {"config": {}})
     ours, theirs = (
         json.loads((folder / "step0" / "params" / "_METADATA").read_bytes())
-        for folder in (tmp_path, tmp_path / "whole")
+        for folder in (written.folder, tmp_path / "whole")
     )
     assert ours == theirs
 
