@@ -113,6 +113,9 @@ class Checkpointer(CheckpointReader):
         self.config = config
         self._files = dict(files or {})
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # One event loop for all saves: when one fails, writes of tensorstore that are still under
+        # way report to it afterwards.
+        self._runner = asyncio.Runner()
         self._pending: Future[None] | None = None
         if jax.process_index() == 0:
             for path in sorted(self.folder.glob("step*.tmp")):
@@ -160,7 +163,9 @@ class Checkpointer(CheckpointReader):
         content_json = json.dumps(content, indent=1).encode()
         # In the writer's thread, so that a caller with an event loop of its own (a notebook) can
         # save too. Its failure comes out of _finish, which no process may miss.
-        started = self._writer.submit(asyncio.run, _start(self._temporary(step), leaves, needed))
+        started = self._writer.submit(
+            self._runner.run, _start(self._temporary(step), leaves, needed)
+        )
         self._pending = self._writer.submit(self._finish, step, started, content_json, needed)
         wait_for_futures([started])
 
@@ -183,6 +188,7 @@ class Checkpointer(CheckpointReader):
         try:
             self.wait()
         finally:
+            self._writer.submit(self._runner.close)
             self._writer.shutdown()
 
     def _temporary(self, step: int) -> Path:

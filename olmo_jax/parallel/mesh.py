@@ -45,9 +45,8 @@ def build_mesh(config: MeshConfig, devices=None) -> Mesh:
     free = [name for name, n in sizes.items() if n == -1]
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
         raise UserError(f"mesh {given}: every axis is at least 1, and at most one is -1")
-    for axis in ("context", "expert"):  # all would do the same work
-        if sizes[axis] != 1:
-            raise UserError(f"Mesh.{axis} = {sizes[axis]}: this version takes 1 only")
+    if sizes["context"] != 1:  # all would do the same work
+        raise UserError(f"Mesh.context = {sizes['context']}: this version takes 1 only")
     known = math.prod(n for n in sizes.values() if n != -1)
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known

@@ -93,7 +93,7 @@ class _Loop:
                 f"this is one of {jax.process_count()} processes, and this version trains with "
                 "one, on all devices of its host: start one"
             )
-        self._check_batches()
+        self._check_mesh()
         kernels = pick_kernels(self.mesh.devices.flat[0].platform)
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
@@ -106,7 +106,13 @@ class _Loop:
         self.files = files
         self.stop_signal: int | None = None
 
-    def _check_batches(self) -> None:
+    def _check_mesh(self) -> None:
+        shards, experts = self.mesh.shape["expert"], self.run.model.n_experts
+        if shards > 1 and (not experts or experts % shards):
+            raise UserError(
+                f"Mesh.expert = {shards}: the model has {experts} experts; give a divisor of their "
+                "number, or 1"
+            )
         parts, micro = batch_parts(self.mesh), self.run.train.micro_batch_size
         for size in self.plan.batch_sizes:
             if size % parts:
