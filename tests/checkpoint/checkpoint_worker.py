@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from olmo_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointReader, RunFolder
@@ -211,6 +212,7 @@ def many(folder: str, rank: str, port: str) -> None:
             restored,
         )
         say(step=newest, identical=jax.tree.all(mine), steps=checkpointer.steps())
+        sync_global_devices("restored")  # or the other reads what this one damages
         if rank == "0":
             file = max(
                 (checkpointer.path(newest) / "params").rglob("d/*"), key=lambda p: p.stat().st_size
@@ -218,7 +220,7 @@ def many(folder: str, rank: str, port: str) -> None:
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
-        jax.experimental.multihost_utils.sync_global_devices("damaged")
+        sync_global_devices("damaged")
         try:
             checkpointer.restore(newest, targets)
             say(error=None)
