@@ -19,6 +19,7 @@ from olmo_jax.errors import UserError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",  # of sentencepiece, LLaMA 1's and 2's
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

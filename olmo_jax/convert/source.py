@@ -119,9 +119,9 @@ class TableSource:
         if row.by_expert and expert is None:
             return np.stack([self.read(path, layer, i) for i in range(config.n_experts)])
         name = row.theirs.format(layer=layer, expert=expert)
-        rows = self.tensors.read(name, row.span(path, config) if row.layout == "rows" else None)
-        values = row.extract_span(rows, path, config)
-        return values if expert is None or row.by_expert else values[expert]
+        inside = None if row.by_expert else expert  # one of the experts that this tensor holds
+        rows = self.tensors.read(name, row.span(path, config, inside))
+        return row.extract_span(rows, path, config, inside)
 
     def run_facts(self) -> None:
         """Other programs' files tell nothing."""
@@ -164,13 +164,15 @@ def open_source(
 
 def small_files(folder: Path) -> dict[str, bytes]:
     """The contents of the `TRAVELLING` files that a folder has."""
-    paths = [folder / name for name in TRAVELLING]
+    paths = [path for name in TRAVELLING if (path := folder / name).is_file()]
+    for path in paths:
+        if path.stat().st_size > _MAX_SMALL_FILE:
+            raise UserError(
+                f"{path}: has {path.stat().st_size:,} bytes, and such files at most "
+                f"{_MAX_SMALL_FILE:,}; move it elsewhere"
+            )
     try:
-        return {
-            path.name: path.read_bytes()
-            for path in paths
-            if path.is_file() and path.stat().st_size <= _MAX_SMALL_FILE
-        }
+        return {path.name: path.read_bytes() for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
@@ -181,7 +183,9 @@ def repaired_eos(config: ModelConfig, eos_token_id: int | None) -> int | None:
     The first OLMo checkpoints say 0, while their data ended documents with 50279: as the original
     converters do, that is put right for whatever has OLMo 1's norm and vocabulary.
     """
-    early_olmo = config.norm == "layer_nonparametric" and config.vocab_size == 50280
+    # Without a tokenizer a transformers folder tells only the embedding's rows.
+    sizes = {config.vocab_size, config.rows} & {50280, 50304}
+    early_olmo = config.norm == "layer_nonparametric" and sizes
     return 50279 if early_olmo and eos_token_id == 0 else eos_token_id
 
 
