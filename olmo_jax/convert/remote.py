@@ -35,6 +35,10 @@ _WEIGHTS = (
     ("model.pt", "model.pt.index.json"),
 )
 
+_HINTS = {
+    "NoCredentialsError": "; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+}
+
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """Where the files of a checkpoint lie on this machine, fetched if they were not. UserError."""
@@ -106,7 +110,7 @@ def _fetch(url: str) -> Path:
         else:
             import fsspec
 
-            files = fsspec.filesystem(protocol)
+            files = fsspec.filesystem(protocol, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: install olmo-jax[remote] to read it ({error})") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
@@ -120,6 +124,10 @@ def _fetch(url: str) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             files.get_file(f"{url}/{file}", str(partial))
+            if size is not None and partial.stat().st_size != size:
+                came = partial.stat().st_size
+                partial.unlink()
+                raise OSError(f"{file}: the connection ended after {came} of {size} bytes")
             os.replace(partial, target)
         return target
 
@@ -132,8 +140,12 @@ def _fetch(url: str) -> Path:
             wanted = sorted(there)
         for file in wanted:
             fetch(file)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{url}: cannot be fetched: {' '.join(str(error).split())[:200]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the libraries below fsspec have each their own classes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        hint = _HINTS.get(type(error).__name__, "")
+        raise UserError(f"{url}: cannot be fetched: {reason}{hint}") from error
     if not wanted:
         raise UserError(f"{url}: holds no model")
     return folder
