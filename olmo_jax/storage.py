@@ -81,6 +81,12 @@ def reason(error: BaseException) -> str:
     return text + _HINTS.get(type(error).__name__, "")
 
 
+def is_of_a_bucket(error: BaseException) -> bool:
+    """Whether an error is of a library for buckets: something out there, and no bug here."""
+    libraries = ("botocore", "aiobotocore", "gcsfs", "google", "aiohttp")
+    return type(error).__module__.partition(".")[0] in libraries
+
+
 def exists(path: PathLike) -> bool:
     """Whether a file is there. Raises OSError."""
     if not is_remote(path):
@@ -135,11 +141,13 @@ def listing(folder: PathLike) -> dict[str, Entry]:
     OSError."""
     if not is_remote(folder):
         here = Path(folder)
-        stats = {p.relative_to(here).as_posix(): p.stat() for p in here.rglob("*") if p.is_file()}
-        return {
-            name: Entry(stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC))
-            for name, stat in stats.items()
-        }
+        entries = {}
+        for path in here.rglob("*"):
+            with suppress(FileNotFoundError):  # removed in the meantime
+                if path.is_file():
+                    at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                    entries[path.relative_to(here).as_posix()] = Entry(path.stat().st_size, at)
+        return entries
     files = file_system(folder)
     root = files._strip_protocol(os.fspath(folder))
     found = _retrying(lambda: files.find(os.fspath(folder), detail=True))

@@ -1,6 +1,7 @@
 """Object stores on loopback: moto's S3 and a GCS emulator, each with one bucket in memory."""
 
 import http.client
+import logging
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     """Yields the environment variables with which the libraries find it."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

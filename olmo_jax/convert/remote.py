@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from olmo_jax import storage
 from olmo_jax.errors import UserError
 
 TOKENIZER_FILES = (
@@ -34,10 +35,6 @@ _WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ("model.pt", "model.pt.index.json"),
 )
-
-_HINTS = {
-    "NoCredentialsError": "; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-}
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -104,15 +101,7 @@ def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
 def _fetch(url: str) -> Path:
     """A copy of a folder at a URL, in our cache."""
     protocol = url.partition("://")[0]
-    try:
-        if protocol in ("http", "https"):
-            files: Any = _Web()
-        else:
-            import fsspec
-
-            files = fsspec.filesystem(protocol, skip_instance_cache=True)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: install olmo-jax[remote] to read it ({error})") from None
+    files: Any = _Web() if protocol in ("http", "https") else storage.file_system(url)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
     name = url.rpartition("/")[2] or "root"
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
@@ -143,9 +132,7 @@ def _fetch(url: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the libraries below fsspec have each their own classes
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        hint = _HINTS.get(type(error).__name__, "")
-        raise UserError(f"{url}: cannot be fetched: {reason}{hint}") from error
+        raise UserError(f"{url}: cannot be fetched: {storage.reason(error)}") from error
     if not wanted:
         raise UserError(f"{url}: holds no model")
     return folder

@@ -230,12 +230,13 @@ def write_token_file(
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one."""
-    path = Path(path)
+    path = storage.location(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not storage.is_remote(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
 
 
 # A mapping keeps a file descriptor open; 256 stays clear of the usual limit of 1024.
