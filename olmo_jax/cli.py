@@ -65,6 +65,13 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader has left, as in `olmo-jax models | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        from olmo_jax import storage
+
+        if not storage.is_of_a_bucket(error):
+            raise
+        _print_error(f"the bucket's server: {storage.reason(error)}")
+        return STATUS_USER_ERROR
 
 
 @app.callback(invoke_without_command=True)
@@ -280,8 +287,9 @@ def report(
 
     if baselines:
         from olmo_jax.data.token_files import write_atomically
+        from olmo_jax.storage import location
 
-        path = Path(run) / "data.json"
+        path = location(run) / "data.json"
         kept = read_json(path) | {"baselines": read_json(Path(baselines))}
         write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
     print(write_report(run))

@@ -25,6 +25,7 @@ from olmo_jax.convert.table import Row
 from olmo_jax.convert.torch_files import TorchTensors
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
+from olmo_jax.storage import is_remote, reason
 
 TORCH = "pytorch_model.bin"
 _MAX_SMALL_FILE = 64 * 2**20
@@ -136,6 +137,9 @@ def open_source(
     remote.py). UserError says what was looked for."""
     from olmo_jax.convert import core_files, olmo_core, olmo_files  # they need what is here
 
+    if (found := _in_bucket(path, step)) is not None:
+        yield _Checkpoint(*found)
+        return
     folder = local_folder(path, revision)
     hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if olmo_files.is_hf_olmo(hf):
@@ -160,6 +164,18 @@ def open_source(
             "model_and_optim/)"
         )
     yield _Checkpoint(*found)
+
+
+def _in_bucket(path: str | Path, step: int | None) -> tuple[CheckpointReader, int] | None:
+    """A checkpoint of ours in a bucket, which is read where it lies."""
+    if not is_remote(path):
+        return None
+    try:
+        return find_checkpoint(path, step)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries of buckets have each their own classes
+        raise UserError(f"{path}: cannot be fetched: {reason(error)}") from error
 
 
 def small_files(folder: Path) -> dict[str, bytes]:

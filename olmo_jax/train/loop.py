@@ -36,6 +36,7 @@ from olmo_jax.ops.kernels import pick_kernels
 from olmo_jax.parallel.environment import environment
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.sharding import batch_parts, to_global
+from olmo_jax.storage import location
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
 from olmo_jax.train.flops import flops_per_token, mfu
@@ -69,7 +70,7 @@ def train(
         raise
     except OSError as error:
         if is_disk_full(error) or error.errno == errno.EROFS:  # between two checkpoints, say
-            raise write_error(Path(error.filename or run.train.run_dir), error) from error
+            raise write_error(location(error.filename or run.train.run_dir), error) from error
         raise UserError(" ".join(str(error).split())) from error
 
 
