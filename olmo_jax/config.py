@@ -26,9 +26,9 @@ from gin.config_parser import (
 from pydantic import ValidationError
 
 from olmo_jax.config_types import allowed, checked, choices
-from olmo_jax.errors import UserError
+from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.presets import PRESETS, preset
-from olmo_jax.train.config import RunConfig, validation_faults
+from olmo_jax.train.config import RunConfig
 
 # gin name -> dataclass, in the order of the written configuration.
 COMPONENTS: dict[str, Any] = {

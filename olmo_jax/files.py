@@ -88,9 +88,9 @@ def write_error(path: Path, error: OSError) -> UserError:
         free = size_text(shutil.disk_usage(folder).free)
         return UserError(
             f"cannot write {path}: the disk is full ({free} free); free some space there, or give "
-            "another run folder"
+            "another folder"
         )
     return UserError(
-        f"cannot write {path}: {error.strerror or error}; give a run folder on a disk that you can "
+        f"cannot write {path}: {error.strerror or error}; give a folder on a disk that you can "
         "write to"
     )

@@ -55,7 +55,9 @@ def location(path: PathLike) -> Path:
     """An absolute path; for a bucket an epath.Path, which has pathlib's methods for what is here.
     UserError without the libraries for buckets."""
     if not is_remote(path):
-        return Path(path).expanduser().absolute()
+        if "\\" in str(here := Path(path).expanduser().absolute()):  # tensorstore takes it for a /
+            raise UserError(f"{here}: has a backslash in it, which runs cannot have; rename it")
+        return here
     from etils import epath
 
     file_system(path)

@@ -102,6 +102,22 @@ class DistcpTensors:
         return ref.read()
 
 
+def stored_files(metadata: Any, where: str, prefix: str = "model.") -> set[str]:
+    """The names of the files beside .metadata (an open file) in which the tensors whose names
+    begin with `prefix` lie. UserError."""
+    saved = unpickle(metadata, _classes(), where)
+    try:
+        places = saved.state["storage_data"].items()
+        chosen = [info.state for key, info in places if key.key()[0].startswith(prefix)]
+        names = {place["relative_path"] for place in chosen}
+        outside = sorted(name for name in names if Path(name).name != name)
+    except Exception as error:  # a damaged pickle gives anything, of any shape
+        raise UserError(f"{where}: its .metadata is damaged ({type(error).__name__})") from None
+    if outside:
+        raise UserError(f"{where}: names a file outside its folder, {outside[0]!r}: refused")
+    return {METADATA, *names}
+
+
 def _read_metadata(folder: Path) -> dict[str, _Entry]:
     path = folder / METADATA
     classes = _classes()

@@ -52,7 +52,7 @@ def convert(
         raise UserError(f"--to={to}: this version writes {', '.join(FORMATS)}")
     if "://" in str(dst):
         raise UserError(f"{dst}: conversions are written to this machine; give a folder here")
-    dst = Path(dst).expanduser().absolute()
+    dst = Path(dst).expanduser().resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is there already and not empty; give a new folder")
     for left in dst.parent.glob(f".{glob.escape(dst.name)}.*.tmp"):
@@ -71,6 +71,8 @@ def convert(
                 report = f"verified: {count:,} tensors, {size_text(size)}, are the source's"
             os.replace(unfinished, dst)
         except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.ENOTEMPTY:
+                raise UserError(f"{dst}: was written by another meanwhile") from None
             if isinstance(error, OSError):
                 raise write_error(dst, error) from None
             if is_disk_full(error):  # as tensorstore says it

@@ -3,7 +3,7 @@
 from typing import Any
 
 from olmo_jax.convert.hf import ARCHITECTURES, Architecture, architecture_of
-from olmo_jax.errors import UserError
+from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.config import ModelConfig
 
 _MISSING = object()
@@ -69,9 +69,9 @@ def from_hf_config(
     try:
         return _from_hf_config(hf, vocab_size)
     except (TypeError, ValueError, AttributeError, KeyError, StopIteration) as error:
+        faults = "; ".join(validation_faults(error))
         raise UserError(
-            f"config.json: a field is not what transformers writes ({type(error).__name__}: "
-            f"{' '.join(str(error).split())})"
+            f"config.json: a field is not what transformers writes ({faults})"
         ) from None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from olmo_jax.convert.table import Layout, Row, rows_for
-from olmo_jax.errors import UserError
+from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.config import ModelConfig
 
 _BLOCK = "transformer.blocks.{layer}."
@@ -112,7 +112,7 @@ def from_olmo_config(given: dict[str, Any], where: str) -> ModelConfig:
     try:
         return _from_olmo_config(given, where)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {'; '.join(validation_faults(error))}") from None
 
 
 def _from_olmo_config(given: dict[str, Any], where: str) -> ModelConfig:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from olmo_jax.convert.table import Row, rows_for
-from olmo_jax.errors import UserError
+from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.config import ModelConfig
 
 _BLOCK = "blocks.{layer}."
@@ -81,7 +81,7 @@ def from_core_config(content: dict[str, Any], where: str) -> tuple[ModelConfig, 
     except KeyError as missing:
         raise UserError(f"{where}: lacks {missing}, which OLMo-core's models have") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {'; '.join(validation_faults(error))}") from None
 
 
 class _Reader:

@@ -4,7 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from olmo_jax import storage
 from olmo_jax.checkpoint.streamed import StreamedCheckpoint
+from olmo_jax.convert.safetensors_io import DTYPES, cast
 from olmo_jax.convert.source import Source
 from olmo_jax.convert.table import slices, weight_shapes
 from olmo_jax.convert.target import Options, weight_bytes
@@ -16,10 +18,11 @@ def write(folder: Path, source: Source, options: Options) -> None:
     shapes = weight_shapes(config)
     dtypes = {path: options.dtype or source.dtype(path) for path in shapes}
     done, total = 0, weight_bytes(source, options.dtype)
-    checkpoint = StreamedCheckpoint(folder / "checkpoints" / "step0")
+    checkpoint = StreamedCheckpoint(storage.location(folder) / "checkpoints" / "step0")
     try:
         for path, at in slices(config):
-            name, values = path.replace(".", "/"), source.read(path, *at)
+            name = path.replace(".", "/")
+            values = cast(source.read(path, *at), DTYPES[dtypes[path]], path)
             if not any(at):
                 flipped = values.flags.f_contiguous and not values.flags.c_contiguous
                 order: Literal["C", "F"] = "F" if flipped else "C"

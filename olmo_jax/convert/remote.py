@@ -6,7 +6,9 @@ when they are needed: the extra `hf`, and for a bucket `remote` (fsspec's gcsfs 
 """
 
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from olmo_jax import storage
+from olmo_jax.convert.distcp import METADATA, stored_files
 from olmo_jax.errors import UserError
+from olmo_jax.files import write_bytes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,13 +42,22 @@ _WEIGHTS = (
 )
 
 
+_CORE = "model_and_optim"  # OLMo-core's weights
+# What tells one version of a file from another: of the web, S3 and Google's buckets.
+_VERSION = ("size", "version", "ETag", "LastModified", "generation", "md5Hash", "etag")
+
+
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """Where the files of a checkpoint lie on this machine, fetched if they were not. UserError."""
     text = str(path)
     folder = Path(path).expanduser()
     if re.match(r"(gs|s3|https?)://", text):
+        if revision:
+            raise UserError(f"--revision={revision}: {path} is no hub id (owner/name)")
         return _fetch(text.rstrip("/"))
     is_hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) and isinstance(path, str)
+    if is_hub_id and folder.parent.is_dir():  # "runs/deno" is a slip, not somebody's repository
+        is_hub_id = None
     if folder.exists() or not is_hub_id:
         if revision:
             raise UserError(f"--revision={revision}: {path} is no hub id (owner/name)")
@@ -55,12 +68,12 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
     try:
         import huggingface_hub as hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise UserError(
             f"{name}: is no folder; to take it from the hub, install olmo-jax[hf]"
         ) from None
     at = f"{name} at {revision or 'main'}"
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         there = set(hub.HfApi().list_repo_files(name, revision=revision))
         wanted = [file for file in _SMALL if file in there]
@@ -73,7 +86,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
         if not paths:
             raise UserError(f"{at} holds no model")
         return paths[0].parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # its own classes, and those of the HTTP library below it
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{name}: is no folder here, and {at} could not be fetched from the hub: {reason}"
@@ -83,20 +98,26 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
     for single, index in _WEIGHTS:
         if index in there:
-            try:
-                shards = set(json.loads(read(index))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{where}: {index} is no index of tensors") from None
-            outside = sorted(shard for shard in shards if Path(shard).name != shard)
-            if outside:
-                raise UserError(f"{where}: {index} names a file outside its folder: {outside[0]!r}")
+            shards = _shards(read(index), f"{where}: {index}")
             missing = sorted(shards - there)
             if missing:
                 raise UserError(f"{where}: {missing[0]} is missing, which {index} names")
             return [index, *sorted(shards)]
         if single in there:
             return [single]
-    return sorted(file for file in there if file.startswith("model_and_optim/"))  # OLMo-core's
+    return sorted(file for file in there if file.startswith(f"{_CORE}/"))
+
+
+def _shards(index: str | bytes, where: str) -> set[str]:
+    """The files that an index of tensors names."""
+    try:
+        shards = set(json.loads(index)["weight_map"].values())
+        outside = sorted(shard for shard in shards if Path(shard).name != shard)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{where} is no index of tensors") from None
+    if outside:
+        raise UserError(f"{where} names a file outside its folder: {outside[0]!r}")
+    return shards
 
 
 def _fetch(url: str) -> Path:
@@ -108,10 +129,14 @@ def _fetch(url: str) -> Path:
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
     def fetch(file: str) -> Path:
-        target = folder / file
-        size = files.info(f"{url}/{file}").get("size")
-        if not target.is_file() or target.stat().st_size != size:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(f"{url}: names a file outside its folder: {file!r}")
+        target, mark = folder / file, folder.parent / "marks" / file
+        info = files.info(f"{url}/{file}")
+        size, version = info.get("size"), str([info.get(name) for name in _VERSION])
+        if not (target.is_file() and mark.is_file() and mark.read_text() == version):
+            for path in (target, mark):
+                path.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             files.get_file(f"{url}/{file}", str(partial))
             if size is not None and partial.stat().st_size != size:
@@ -119,6 +144,7 @@ def _fetch(url: str) -> Path:
                 partial.unlink()
                 raise OSError(f"{file}: the connection ended after {came} of {size} bytes")
             os.replace(partial, target)
+            write_bytes(mark, version.encode())
         return target
 
     try:
@@ -136,6 +162,8 @@ def _fetch(url: str) -> Path:
         raise UserError(f"{url}: cannot be fetched: {storage.reason(error)}") from error
     if not wanted:
         raise UserError(f"{url}: holds no model")
+    for name in {*_SMALL, *(name for pair in _WEIGHTS for name in pair)} - set(wanted):
+        (folder / name).unlink(missing_ok=True)  # what is no longer there
     return folder
 
 
@@ -154,10 +182,11 @@ class _Web:
             raise
         return True
 
-    def info(self, url: str) -> dict[str, int | None]:
+    def info(self, url: str) -> dict[str, Any]:
         with self._open(url, "HEAD") as answer:
             length = answer.headers.get("Content-Length")
-        return {"size": None if length is None else int(length)}
+            version = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
+        return {"size": None if length is None else int(length), "version": version}
 
     def cat_file(self, url: str) -> bytes:
         with self._open(url) as answer:
@@ -173,11 +202,15 @@ def _listing(files: Any, url: str, protocol: str) -> set[str]:
     if protocol in ("gs", "s3"):
         root = files._strip_protocol(url)
         return {path.removeprefix(f"{root}/") for path in files.find(url)}
-    names = {*_SMALL, *(name for pair in _WEIGHTS for name in pair)}
+    names = {*_SMALL, f"{_CORE}/{METADATA}", *(name for pair in _WEIGHTS for name in pair)}
     there = {name for name in names if files.exists(f"{url}/{name}")}
     for _, index in _WEIGHTS:
         if index in there:
-            shards = set(json.loads(files.cat_file(f"{url}/{index}"))["weight_map"].values())
-            there |= {name for name in shards if files.exists(f"{url}/{name}")}
+            content = files.cat_file(f"{url}/{index}")
+            names = _shards(content, f"{url}: {index}")
+            there |= {name for name in names if files.exists(f"{url}/{name}")}
             break
+    if f"{_CORE}/{METADATA}" in there:
+        content = files.cat_file(f"{url}/{_CORE}/{METADATA}")
+        there |= {f"{_CORE}/{name}" for name in stored_files(io.BytesIO(content), url)}
     return there

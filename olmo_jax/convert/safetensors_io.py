@@ -60,7 +60,21 @@ class Planned(NamedTuple):
             values = values.reshape(1)
         rows = max(1, _BLOCK_BYTES // max(1, dtype.itemsize * math.prod(values.shape[1:])))
         for start in range(0, len(values), rows):
-            yield contiguous(values[start : start + rows].astype(dtype, copy=False))
+            yield contiguous(cast(values[start : start + rows], dtype, self.name))
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Values as another type, themselves where they have it. UserError when one is too large."""
+    if values.dtype == dtype:
+        return values
+    try:
+        with np.errstate(over="raise"):
+            return values.astype(dtype)
+    except FloatingPointError:
+        raise UserError(
+            f"{name} has values too large for {dtype}; give another --dtype (bfloat16 reaches "
+            "as far as float32)"
+        ) from None
 
 
 def blocks_ahead(tensors: Iterable[Planned]) -> Iterator[np.ndarray]:
@@ -177,7 +191,14 @@ class SafetensorsFile:
             raise UserError(f"{path}: is missing; fetch the checkpoint again") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            struct.error,
+        ) as error:
             raise UserError(
                 f"{path}: is no safetensors file, or a damaged one ({error}); fetch it again"
             ) from None
@@ -186,6 +207,8 @@ class SafetensorsFile:
         start, end = entry["data_offsets"]
         code = entry["dtype"]
         width = DTYPES[_NAMES[code]].itemsize if code in _NAMES else _OTHERS[code]
+        if not all(isinstance(number, int) for number in (start, end, *entry["shape"])):
+            raise ValueError(f"{name} has numbers that are not whole")
         if not 0 <= start <= end or end - start != math.prod(entry["shape"]) * width:
             raise ValueError(f"{name} has bytes {start} to {end} and shape {entry['shape']}")
         if self._start + end > size:
@@ -235,7 +258,7 @@ class SafetensorsFolder:
                 raise UserError(f"{folder / file_name}: has tensor {twice[0]}, as {other} has")
             self._where |= dict.fromkeys(file.entries, file)
         for name, file_name in (index or {}).items():
-            if name not in self._where:
+            if name not in self._where or self._where[name].path.name != file_name:
                 raise UserError(f"{folder / file_name}: has no tensor {name}, which {INDEX} names")
 
     def names(self) -> set[str]:

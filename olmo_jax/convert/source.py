@@ -23,7 +23,7 @@ from olmo_jax.convert.run_facts import RunFacts, run_facts
 from olmo_jax.convert.safetensors_io import INDEX, SINGLE, SafetensorsFolder, common_dtype
 from olmo_jax.convert.table import Row
 from olmo_jax.convert.torch_files import TorchTensors
-from olmo_jax.errors import UserError
+from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.storage import is_remote, reason
 
@@ -141,6 +141,9 @@ def open_source(
         yield _Checkpoint(*found)
         return
     folder = local_folder(path, revision)
+    has_steps = (folder / "checkpoints").is_dir() or folder.name == "checkpoints"
+    if step is not None and not has_steps and folder.is_dir():
+        raise UserError(f"--step={step}: {path} is no run folder, which alone has several steps")
     hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if olmo_files.is_hf_olmo(hf):
         yield olmo_files.open_hf_olmo(folder, hf)
@@ -218,7 +221,7 @@ def parse_tokenizer(content: bytes, where: str | Path) -> Tokenizer:
 def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     return content if isinstance(content, dict) else {}
 
@@ -228,7 +231,7 @@ def saved_model(metadata: dict, where: str | Path) -> ModelConfig:
     try:
         return ModelConfig(**metadata["config"]["Model"])
     except ValidationError as error:
-        faults = "; ".join(f"{fault['loc']}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(validation_faults(error))
         raise UserError(
             f"{where}: its Model is not one of this version ({faults}); use the version that "
             "wrote it"
@@ -272,10 +275,15 @@ def _transformers(folder: Path) -> TableSource:
     if "tokenizer.json" in files:
         where = folder / "tokenizer.json"
         vocab_size = parse_tokenizer(files["tokenizer.json"], where).get_vocab_size()
-    config, architecture = from_hf_config(hf, vocab_size)
+    try:
+        config, architecture = from_hf_config(hf, vocab_size)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     eos = hf.get("eos_token_id")
     if isinstance(eos, list):
         eos = eos[0] if eos else None
+    if not isinstance(eos, int | None):
+        raise UserError(f"{folder}: eos_token_id = {eos!r} in config.json: is no whole number")
     return TableSource(
         config,
         rows_of(config, architecture),

@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
+_MAX_LAYERS = 10_000
+
 
 @dataclass(
     frozen=True,
@@ -118,6 +120,11 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "mlp_width", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        for name in ("n_kv_heads", "head_dim", "embedding_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} = {value}: it must be at least 1, or None")
+        if self.n_layers > _MAX_LAYERS:  # each costs time before the first weight is made
+            raise ValueError(f"n_layers = {self.n_layers}: at most {_MAX_LAYERS:,}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} does not divide by n_heads = {self.n_heads}: "

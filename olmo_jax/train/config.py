@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from olmo_jax.checkpoint.checkpointer import CheckpointConfig
 from olmo_jax.data.config import DataConfig
-from olmo_jax.errors import UserError
+from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.parallel.mesh import MeshConfig
 from olmo_jax.train.optimizer import OptimizerConfig
@@ -120,22 +120,3 @@ class RunConfig:
         if faults:
             raise UserError(f"not a configuration of this version: {'; '.join(faults)}")
         return cls(**parts)
-
-
-def validation_faults(error: ValidationError) -> list[str]:
-    """Pydantic's faults in plain words, one line each, without its jargon and addresses."""
-    faults = error.errors(include_url=False)
-    missing = [str(fault["loc"][0]) for fault in faults if fault["type"] == "missing"]
-    lines = [f"{', '.join(missing)} not given"] if missing else []
-    for fault in faults:
-        field = ".".join(str(key) for key in fault["loc"][:1])
-        message = fault["msg"].removeprefix("Value error, ").replace("Input should", "it must")
-        if fault["type"] == "missing":
-            continue
-        elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            lines.append(f"{field} is no field")
-        elif field:
-            lines.append(f"{field} = {fault['input']!r}: {message}")
-        else:
-            lines.append(message)
-    return lines

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hf_models import OLMO1, OLMO2, TOKENS, VARIANTS, perturbed
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +33,7 @@ from olmo_jax.checkpoint import CheckpointConfig, Checkpointer
 from olmo_jax.convert.export import convert
 from olmo_jax.convert.hf import ARCHITECTURES, rows_of
 from olmo_jax.convert.load import load_sharded, load_tokenizer
+from olmo_jax.convert.safetensors_io import SafetensorsFolder
 from olmo_jax.data.tokenizer import train_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
@@ -260,10 +262,57 @@ def test_a_model_made_by_transformers_loads_here(name, tmp_path):
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    theirs.save_pretrained(tmp_path)
-    logit_error, gradient_error = compare(olmo_jax.load(tmp_path), theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    logit_error, gradient_error = compare(olmo_jax.load(tmp_path / "theirs"), theirs)
     assert logit_error <= 1e-5
     assert gradient_error <= 1e-4
+    # and goes back with every name, shape and byte
+    convert(tmp_path / "theirs", tmp_path / "ours", "orbax")
+    convert(tmp_path / "ours", tmp_path / "back", "hf", verify=True)
+    before, after = (SafetensorsFolder(tmp_path / name) for name in ("theirs", "back"))
+    assert before.names() == after.names()
+    for tensor in before.names():
+        assert before.shape(tensor) == after.shape(tensor)
+        assert before.read(tensor).tobytes() == after.read(tensor).tobytes(), tensor
+
+
+def test_the_buffers_of_pythias_files_are_passed_over(tmp_path):
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(MADE["pythia"])
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(4):
+        name = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{name}.bias"] = torch.ones(
+            1, 1, 64, 64, dtype=(torch.bool, torch.uint8)[layer % 2]
+        )
+        tensors[f"{name}.masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert compare(olmo_jax.load(tmp_path), theirs)[0] <= 1e-5
+    tensors["embed_out.weight"] = tensors["embed_out.weight"].to(torch.int32)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"embed_out\.weight has type I32: weights are read of F32"):
+        olmo_jax.load(tmp_path)
+
+
+def test_the_embedding_gets_the_rows_that_the_target_has(tmp_path):
+    """OLMo 3's recipe has 100,352 rows, its transformers folders 100,278."""
+    model = perturbed(dataclasses.replace(OLMO2, vocab_size=250, embedding_rows=256))
+    run = save(model, tmp_path / "run")
+    convert(run, tmp_path / "cut", rows=250, verify=True)
+    cut = olmo_jax.load(tmp_path / "cut")
+    assert cut.config.rows == 250
+    np.testing.assert_allclose(cut(TOKENS % 250), model(TOKENS % 250)[..., :250], rtol=1e-6)
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, parameters(model))
+    again = load_sharded([tmp_path / "cut"], model.config, shardings)
+    for path, axis in (("embed", 0), ("lm_head", 1)):
+        got, had = (
+            np.moveaxis(np.asarray(p[path]["weight"]), axis, 0) for p in (again, parameters(model))
+        )
+        assert np.array_equal(got[:250], had[:250]) and not got[250:].any()
+    with pytest.raises(UserError, match=r"249 rows .* too few .* 250 tokens"):
+        convert(tmp_path / "cut", tmp_path / "no", rows=249)
 
 
 @pytest.fixture(scope="module")

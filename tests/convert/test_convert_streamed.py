@@ -280,3 +280,55 @@ def test_the_eos_of_the_first_olmos_is_put_right():
     assert repaired_eos(preset("olmo1_7b"), 0) == 50279
     assert repaired_eos(preset("olmo1_7b"), 50279) == 50279
     assert repaired_eos(preset("olmo2_1b"), 0) == 0
+
+
+def test_a_tensor_in_two_files_or_not_in_the_one_that_the_index_says(folder, tmp_path):
+    for name, message in (("twice", "has tensor .* as .* has"), ("elsewhere", "has no tensor")):
+        place = tmp_path / name
+        shutil.copytree(folder, place)
+        index = json.loads((place / "model.safetensors.index.json").read_text())
+        first, last = (f(index["weight_map"].values()) for f in (min, max))
+        if name == "twice":
+            save_file(load_file(place / first) | load_file(place / last), place / last)
+        else:
+            swapped = {first: last, last: first}
+            index["weight_map"] = {k: swapped.get(v, v) for k, v in index["weight_map"].items()}
+            (place / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=message):
+            convert(place, tmp_path / "out", "orbax")
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax", "olmo", "olmo_core"])
+def test_a_value_that_the_type_cannot_hold_is_refused(tmp_path, to):
+    model = theirs(torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e30
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="has values too large for float16"):
+        convert(tmp_path / "a", tmp_path / "b", to, dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_targets_and_steps_that_mean_nothing_are_refused(folder, tmp_path, monkeypatch):
+    for target, to, message in (
+        ("gs://bucket/x", "hf", "conversions are written to this machine"),
+        (tmp_path / "a\\b", "orbax", "backslash"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(folder, target, to)
+    with pytest.raises(UserError, match=r"--step=3: .* is no run folder"):
+        convert(folder, tmp_path / "c", step=3)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)  # a slip in a name is not looked for on the hub
+    with pytest.raises(UserError, match="runs/deno: is no folder"):
+        convert("runs/deno", tmp_path / "c")
+    assert not list(tmp_path.glob("c"))
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(folder, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".out.{pid}.tmp").mkdir()
+    convert(folder, tmp_path / "out", "orbax")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out.{os.getppid()}.tmp", "out"]

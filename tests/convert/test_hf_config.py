@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
 from olmo_jax.convert.hf_config import from_hf_config, to_hf_config
+from olmo_jax.convert.olmo import from_olmo_config, to_olmo_config
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.rope import attention_factor, scaled_frequency
@@ -140,3 +141,33 @@ def test_missing_fields_take_the_classs_defaults():
     del hf["num_hidden_layers"]
     with pytest.raises(UserError, match="lacks 'num_hidden_layers'"):
         from_hf_config(hf)
+
+
+JUNK = [None, True, -1, 0, 2.5, "x", "1e-5", [], ["x"], {}, {"x": 1}, 10**18]
+
+
+@pytest.mark.parametrize("name", ["olmo3 long", "pythia", "mpt"])
+def test_a_damaged_field_is_one_clear_line(name):
+    good = written(VARIANTS[name])
+    refused = 0
+    for field in good:
+        for junk in JUNK:
+            try:
+                from_hf_config({**good, field: junk})
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and "pydantic" not in str(error)
+    assert refused > len(JUNK)
+
+
+def test_a_damaged_field_of_olmos_own_config_is_one_clear_line():
+    good = to_olmo_config(VARIANTS["olmo2"])
+    refused = 0
+    for field in good:
+        for junk in JUNK:
+            try:
+                from_olmo_config({**good, field: junk}, "config.yaml")
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and "pydantic" not in str(error)
+    assert refused > len(JUNK)

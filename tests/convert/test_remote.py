@@ -74,8 +74,29 @@ def test_a_plain_web_server_is_read(folder, tmp_path):
         assert done.returncode == 0, done.stderr
         assert same_tensors(tmp_path / "hf", folder)
         assert not {"pytorch_model.bin", "training_log.txt"} & set(sent)
+        # The same name and size, and not the same file.
+        shard = next(folder.glob("model-*.safetensors"))
+        content = shard.read_bytes()
+        try:
+            shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            os.utime(shard, (2e9, 2e9))
+            assert run_convert(url, tmp_path / "new", endpoint).returncode == 0
+            assert same_tensors(tmp_path / "new", folder)
+        finally:
+            shard.write_bytes(content)
         missing = run_convert(f"{endpoint}/nothing", tmp_path / "no", endpoint)
         assert missing.returncode == 2 and "holds no model" in missing.stderr
+
+
+def test_an_olmo_core_folder_on_the_web_is_read(folder, tmp_path):
+    """As the original publishes them; .metadata tells which files there are."""
+    convert(folder, tmp_path / "core", "olmo_core", max_shard_bytes=200_000)
+    with serve(tmp_path / "core", NAME, REVISION) as (endpoint, sent):
+        url = f"{endpoint}/{NAME}/resolve/{REVISION}"
+        done = run_convert(url, tmp_path / "hf", endpoint)
+        assert done.returncode == 0, done.stderr
+    assert same_tensors(tmp_path / "hf", folder)
+    assert len([name for name in sent if name.endswith(".distcp")]) > 1
 
 
 @pytest.mark.parametrize(("protocol", "library"), [("gs", "gcsfs"), ("s3", "s3fs")])

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from olmo_jax.convert.distcp import DistcpTensors, write_distcp
+from olmo_jax.convert.distcp import DistcpTensors, _classes, _entry, write_distcp
 from olmo_jax.convert.safetensors_io import Planned
 from olmo_jax.convert.torch_files import TorchTensors
 from olmo_jax.convert.torch_write import write_state_dict
@@ -285,3 +287,35 @@ def test_damaged_distributed_folders_are_named(tmp_path):
             DistcpTensors(bad)
     with pytest.raises(UserError, match="no OLMo-core checkpoint"):
         DistcpTensors(tmp_path)
+
+
+def test_a_pickle_reaches_nothing_of_pythons_own(tmp_path):
+    """BUILD with a pair sets attributes on whatever it is given, classes and functions too."""
+    before = PurePosixPath("/a/b").name
+    for module, name in _classes():
+        state = b"N}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xs\x86b."  # (None, {"name": "x"})
+        (tmp_path / ".metadata").write_bytes(b"\x80\x02" + f"c{module}\n{name}\n".encode() + state)
+        with pytest.raises(UserError):
+            DistcpTensors(tmp_path)
+    assert PurePosixPath("/a/b").name == before == "b"
+    for builtin in (int, str, tuple, dict):
+        assert getattr(builtin, "name", None) is None
+
+
+def test_chunks_that_overlap_are_refused():
+    def entry(*offsets):
+        chunks = [SimpleNamespace(state={"offsets": (at, 0), "sizes": (2, 3)}) for at in offsets]
+        state = {
+            "properties": SimpleNamespace(state=("float32",)),
+            "size": (4, 3),
+            "chunks": chunks,
+        }
+        places = {
+            ("w", (at, 0)): {"relative_path": Path(__file__).name, "offset": 0, "length": 0}
+            for at in offsets
+        }
+        return _entry(Path(__file__).parent, "w", state, places)
+
+    assert len(entry(2, 0).chunks) == 2
+    with pytest.raises(UserError, match="overlap"):
+        entry(1, 0)
