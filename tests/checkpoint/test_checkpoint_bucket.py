@@ -1,6 +1,5 @@
 """Checkpoints in buckets, written to real servers on loopback."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
