@@ -186,7 +186,9 @@ def kvstore(path: PathLike) -> dict[str, Any]:
         if (emulator := os.environ.get("STORAGE_EMULATOR_HOST")) is not None:
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         return {"driver": "gcs", "bucket": bucket, "path": f"{inner}/"}
-    spec = {"driver": "s3", "bucket": bucket, "path": f"{inner}/"}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{inner}/"}
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise it looks for files, and logs each one missing
+        spec["aws_credentials"] = {"type": "environment"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:
