@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -66,15 +66,20 @@ def location(path: PathLike) -> Path:
 
 def file_system(path: PathLike) -> Any:
     """fsspec's file system for a bucket. UserError without its library."""
-    protocol = os.fspath(path).partition("://")[0]
     try:
-        import fsspec
-
-        for name in (protocol, "gcs") if protocol == "gs" else (protocol,):
-            fsspec.config.conf.setdefault(name, {}).update(_SETTINGS[protocol])
-        return fsspec.filesystem(protocol)
+        return _file_system(os.fspath(path).partition("://")[0], os.getpid())
     except (ImportError, ValueError) as error:
         raise UserError(f"{path}: install olmo-jax[remote] to read it ({error})") from None
+
+
+@lru_cache(maxsize=8)
+def _file_system(protocol: str, _pid: int) -> Any:
+    """One for all threads of a process: fsspec makes one for each, which logs in again."""
+    import fsspec
+
+    for name in (protocol, "gcs") if protocol == "gs" else (protocol,):
+        fsspec.config.conf.setdefault(name, {}).update(_SETTINGS[protocol])
+    return fsspec.filesystem(protocol)
 
 
 def reason(error: BaseException) -> str:
@@ -183,7 +188,9 @@ def kvstore(path: PathLike) -> dict[str, Any]:
         if (emulator := os.environ.get("STORAGE_EMULATOR_HOST")) is not None:
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         return {"driver": "gcs", "bucket": bucket, "path": f"{inner}/"}
-    spec = {"driver": "s3", "bucket": bucket, "path": f"{inner}/"}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{inner}/"}
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise it looks for files, and logs each one missing
+        spec["aws_credentials"] = {"type": "environment"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:

@@ -52,6 +52,7 @@ def gcs_server() -> Iterator[dict[str, str]]:
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
             # Not asked of an emulator, which gcsfs would warn of each time.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "NO_GCE_CHECK": "true",  # seconds for each log-in otherwise
         }
     finally:
         server.stop()
@@ -61,8 +62,11 @@ def forget() -> None:
     """Lets this process look at the environment's variables again."""
     from etils.epath import backend
 
+    from olmo_jax import storage
+
     for name in ("s3", "gs"):
         fsspec.get_filesystem_class(name).clear_instance_cache()
+    storage._file_system.cache_clear()
     backend.fsspec_backend._get_filesystem.cache_clear()
 
 

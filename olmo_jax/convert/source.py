@@ -138,8 +138,12 @@ def open_source(
     from olmo_jax.convert import core_files, olmo_core, olmo_files  # they need what is here
 
     if (found := _in_bucket(path, step)) is not None:
-        yield _Checkpoint(*found)
-        return
+        reader, at = found
+        if not (reader.path(at) / "params" / "manifest.ocdbt").is_file():
+            yield _Checkpoint(reader, at)
+            return
+        # As it lies on a disk, copied to a bucket: one database, which is copied back.
+        path, step = str(reader.path(at)), None
     folder = local_folder(path, revision)
     has_steps = (folder / "checkpoints").is_dir() or folder.name == "checkpoints"
     if step is not None and not has_steps and folder.is_dir():

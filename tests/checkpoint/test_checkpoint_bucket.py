@@ -54,7 +54,8 @@ def same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def save(run: str, *steps: int, config=CheckpointConfig()) -> CheckpointReader:  # noqa: B008
+def save(run: str, *steps: int, **config) -> CheckpointReader:
+    config = CheckpointConfig(**{"every": 1, **config})
     checkpoints = RunFolder(run).checkpoints
     with Checkpointer(checkpoints, config, {"config.gin": b"x = 1"}) as checkpointer:
         for step in steps:
@@ -64,7 +65,7 @@ def save(run: str, *steps: int, config=CheckpointConfig()) -> CheckpointReader: 
 
 def test_a_state_comes_back_in_spite_of_faults(bucket, run, monkeypatch):
     monkeypatch.setattr(checkpoint_arrays, "CHUNK_BYTES", 100)  # several pieces an array
-    bucket[1].kinds, bucket[1].every = ("500", "cut", "slow"), 7
+    bucket[1].kinds, bucket[1].every = ("500", "cut", "slow"), 13
     reader = save(run, 1000)
     same(reader.restore(1000, abstract(STATE)), STATE)
     assert {kind for kind, _, _ in bucket[1].done} == {"500", "cut", "slow"}
@@ -83,7 +84,11 @@ def test_orbax_reads_a_copy(run, tmp_path):
         path = tmp_path / "checkpoints" / "step1" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(storage.read(reader.path(1) / name))
-    read = ocp.PyTreeCheckpointHandler().restore(epath.Path(tmp_path / "checkpoints/step1/params"))
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), STATE["params"])
+    read = ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(tmp_path / "checkpoints/step1/params"),
+        args=ocp.args.PyTreeRestore(restore_args=kinds),
+    )
     same(read, STATE["params"])
     copy = CheckpointReader(tmp_path / "checkpoints")
     same(copy.restore(1, abstract(STATE)), STATE)
@@ -110,8 +115,7 @@ def test_damage_is_refused_and_the_step_before_named(run):
 
 
 def test_old_ephemeral_ones_go(run):
-    config = CheckpointConfig(every=10, ephemeral_every=2)
-    reader = save(run, 2, 4, 10, 12, config=config)
+    reader = save(run, 2, 4, 10, 12, every=10, ephemeral_every=2)
     assert reader.steps() == [10, 12]
     assert {name.partition("/")[0] for name in storage.listing(reader.folder)} == {
         "step10",

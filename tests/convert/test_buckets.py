@@ -10,7 +10,7 @@ from olmo_jax.convert.load import load_sharded
 from olmo_jax.convert.safetensors_io import SafetensorsFolder
 from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import parameters
-from tests.buckets import BUCKET, SERVERS, files
+from tests.buckets import BUCKET, SERVERS, files, forget
 from tests.convert.hf_models import OLMO2, perturbed
 from tests.convert.test_convert_hf import save
 
@@ -47,7 +47,10 @@ def url(bucket, monkeypatch, tmp_path):
     protocol, variables = bucket
     for name, value in {**variables, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TENSORSTORE_GCS_HTTP_URL", raising=False)
+    forget()
     yield f"{protocol}://{BUCKET}/models"
+    forget()
 
 
 def test_every_format_converts(url, folder, tmp_path):
@@ -72,6 +75,7 @@ def test_load_and_init_from(url, folder):
 
 
 def refused(url, target) -> str:
+    forget()
     with pytest.raises(UserError) as error:
         convert(url, target)
     assert not target.exists() and "\n" not in str(error.value)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec  # noqa: F401 (its registry)
 import pytest
 from hf_models import OLMO2, perturbed
 from hub_server import serve
 from test_convert_hf import save
 
+from olmo_jax import storage
 from olmo_jax.convert.export import convert
 from olmo_jax.convert.safetensors_io import SafetensorsFolder
 from olmo_jax.errors import UserError
@@ -102,5 +104,9 @@ def test_an_olmo_core_folder_on_the_web_is_read(folder, tmp_path):
 @pytest.mark.parametrize(("protocol", "library"), [("gs", "gcsfs"), ("s3", "s3fs")])
 def test_a_bucket_without_its_library_names_the_extra(tmp_path, monkeypatch, protocol, library):
     monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(
+        sys.modules["fsspec.registry"]._registry, protocol, raising=False
+    )  # imported before
+    storage._file_system.cache_clear()
     with pytest.raises(UserError, match=rf"^{protocol}://b/m: install olmo-jax\[remote\] to read"):
         convert(f"{protocol}://b/m", tmp_path / "hf")

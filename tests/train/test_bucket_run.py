@@ -31,7 +31,7 @@ Checkpoint.ephemeral_every = 3
 """
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3"])
 def place(request, tmp_path_factory):
     """An address in a bucket with token files; this process and its children find the server
     through a proxy with these faults."""
