@@ -27,6 +27,7 @@ _MAY_CHANGE = {
         "tensorboard",
         "wandb",
         "nonfinite_steps",
+        "hang_minutes",
         "tokenizer",
     ),
 }
