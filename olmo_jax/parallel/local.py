@@ -56,21 +56,22 @@ def devices(
     index: int, processes: int, each: int | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """The variables that give a process its own devices of this machine."""
-    gpus = [] if environment.get("JAX_PLATFORMS", "").startswith(("cpu", "tpu")) else _gpus()
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        gpus = gpus and [gpu for gpu in environment["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    if not gpus:
+    visible = [] if environment.get("JAX_PLATFORMS", "").startswith(("cpu", "tpu")) else gpus()
+    if visible and "CUDA_VISIBLE_DEVICES" in environment:
+        visible = [gpu for gpu in environment["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    if not visible:
         return {} if each is None else {"JAX_NUM_CPU_DEVICES": str(each)}
-    each = each or len(gpus) // processes
-    if not each or each * processes > len(gpus):
+    each = each or len(visible) // processes
+    if not each or each * processes > len(visible):
         raise UserError(
-            f"{processes} processes with {each or 1} GPU each, and there are {len(gpus)}: give "
+            f"{processes} processes with {each or 1} GPU each, and there are {len(visible)}: give "
             "fewer, or JAX_PLATFORMS=cpu"
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * each : (index + 1) * each])}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[index * each : (index + 1) * each])}
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
+    """The numbers of this machine's NVIDIA GPUs."""
     found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     return sorted(found, key=int)
 

@@ -67,14 +67,13 @@ def initialize(
         return
     seconds = _number(environment, "OLMO_JAX_START_TIMEOUT", 300)
     _connect(cluster, seconds)
-    import jax
-
-    if jax.process_count() == 1:
+    jax_state = _state()  # jax.process_count() would begin to use the devices
+    if jax_state.num_processes == 1:
         return
-    if jax.process_index():  # warnings too come from the first process only
+    if jax_state.process_id:  # warnings too come from the first process only
         logging.getLogger("olmo_jax").setLevel(logging.ERROR)
-    address = cluster.coordinator or _coordinator_of_jax()
-    watch = Watch(_client(), jax.process_index(), jax.process_count(), address)
+    address = jax_state.coordinator_address
+    watch = Watch(jax_state.client, jax_state.process_id, jax_state.num_processes, address)
     watch.start()
     set_watch(watch)
     _explain_aborts(lambda: _lost(watch, address))
@@ -113,7 +112,7 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
         return _jobset(environment)
     if explicit and _number(environment, "OLMO_JAX_PROCESSES") > 1:
         return _explicit(environment, names)
-    return Cluster(None, None, None) if _on_tpu_host(environment) else None
+    return Cluster(None, None, None) if on_tpu_host(environment) else None
 
 
 def _explicit(environment: Mapping[str, str], names: tuple[str, str, str]) -> Cluster | None:
@@ -155,13 +154,13 @@ def _jobset(environment: Mapping[str, str]) -> Cluster | None:
     """A pod of a GKE JobSet with one indexed job, whose first pod has a fixed name."""
     count = _number(environment, "OLMO_JAX_PROCESSES", 1)
     if count == 1:
-        return Cluster(None, None, None) if _on_tpu_host(environment) else None
+        return Cluster(None, None, None) if on_tpu_host(environment) else None
     jobset, job = environment["JOBSET_NAME"], environment.get("REPLICATED_JOB_NAME", "workers")
     address = f"{jobset}-{job}-0-0.{jobset}:{_JOBSET_PORT}"
     return Cluster(address, count, _number(environment, "JOB_COMPLETION_INDEX"))
 
 
-def _on_tpu_host(environment: Mapping[str, str]) -> bool:
+def on_tpu_host(environment: Mapping[str, str]) -> bool:
     """Whether jax will use TPUs here, and can find out about the other hosts."""
     if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False
@@ -236,17 +235,11 @@ def _reaches(address: str, seconds: float = 2.0) -> bool:
     return True
 
 
-def _client() -> Any:
-    """jax's client of its coordination service: its only door, and used so by Orbax too."""
+def _state() -> Any:
+    """Where jax keeps its client of the coordination service: the only door, used by Orbax too."""
     from jax._src import distributed
 
-    return distributed.global_state.client
-
-
-def _coordinator_of_jax() -> str:
-    from jax._src import distributed
-
-    return distributed.global_state.coordinator_address or ""
+    return distributed.global_state
 
 
 # --- the last words -------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ class TrainConfig:
     and evaluating are not counted. None: never."""
     deterministic: bool = False
     """On GPU, ask XLA for deterministic kernels, so that a resumed run is bit-identical."""
+    xla_flags: tuple[str, ...] = ()
+    """Compiler flags beside those that this program chooses for the backend (--dry_run shows them):
+    "name=value" adds one, or changes one of ours; "-name" drops one of ours."""
 
     @model_validator(mode="after")
     def _check(self):

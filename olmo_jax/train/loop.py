@@ -4,7 +4,7 @@ The host's part of training. What a step computes is step.py's; what a checkpoin
 """
 
 import errno
-import os
+import logging
 import signal
 import threading
 import time
@@ -31,6 +31,7 @@ from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.processes import is_first
 from olmo_jax.parallel.sharding import local_rows, to_global
 from olmo_jax.parallel.watch import Watch, the_watch
+from olmo_jax.parallel.xla_flags import set_flags
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
 from olmo_jax.train.metrics import MetricsWriter, NoMetrics
@@ -43,6 +44,8 @@ from olmo_jax.train.step import Trainer, TrainState
 from olmo_jax.train.step_log import StepLog
 
 STATUS_DONE, STATUS_PREEMPTED = 0, 75
+
+log = logging.getLogger("olmo_jax.train")
 
 
 def train(
@@ -114,10 +117,9 @@ class _Loop:
         if self.plan.steps:
             self.dataset = open_dataset(run.data, run.model.vocab_size)
         self.fingerprint = self.dataset.fingerprint if self.dataset else ""
-        if run.train.deterministic:  # read when the first device is touched, by the next line
-            os.environ["XLA_FLAGS"] = (
-                os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-            )
+        # Read when the first device is touched, by the next line.
+        for note in set_flags(run.train.xla_flags, run.train.deterministic):
+            log.warning("%s", note)
         self.mesh: Mesh = build_mesh(run.mesh)
         check_mesh(run, self.plan, self.mesh)
         kernels = pick_kernels(self.mesh.devices.flat[0].platform)

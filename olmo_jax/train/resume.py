@@ -28,6 +28,7 @@ _MAY_CHANGE = {
         "wandb",
         "nonfinite_steps",
         "hang_minutes",
+        "xla_flags",
         "tokenizer",
     ),
 }
