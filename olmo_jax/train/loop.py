@@ -121,6 +121,12 @@ class _Loop:
         for note in set_flags(run.train.xla_flags, run.train.deterministic):
             log.warning("%s", note)
         self.mesh: Mesh = build_mesh(run.mesh)
+        if jax.process_count() > 1 and the_watch() is None:
+            raise UserError(
+                f"this is one of {jax.process_count()} processes that were not started by "
+                "olmo_jax.parallel.processes.initialize(): call that in place of "
+                "jax.distributed.initialize()"
+            )
         check_mesh(run, self.plan, self.mesh)
         kernels = pick_kernels(self.mesh.devices.flat[0].platform)
         self.model: Transformer = abstract_model(run.model, kernels)

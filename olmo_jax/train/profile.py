@@ -27,10 +27,11 @@ class Profile:
         """Step `step` was dispatched; `finish` waits for it."""
         if self.recording and self.steps and step >= self.steps[1]:
             finish()
+            first, last = self.steps
             self._stop()
             tell(
-                f"profile of steps {self.steps[0]} to {self.steps[1]}: `tensorboard --logdir="
-                f"{self.folder}` shows it, and Perfetto opens its perfetto_trace.json.gz"
+                f"profile of steps {first} to {last}: `tensorboard --logdir={self.folder}` shows "
+                "it, and Perfetto opens its perfetto_trace.json.gz"
             )
 
     def _stop(self) -> None:
