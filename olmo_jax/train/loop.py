@@ -213,7 +213,8 @@ class _Loop:
         compiled: set[int] = set()
         for step in range(first, end):
             waiting = time.perf_counter()
-            at, batch = next(batches)
+            with nullcontext() if compiled else self.watch.paused():  # an index may be built
+                at, batch = next(batches)
             assert at == step + ahead, (at, step)
             waited = time.perf_counter() - waiting
             rate, clip = self.plan.learning_rate(step), self.plan.clip_norm(step)
@@ -229,6 +230,7 @@ class _Loop:
             self.checkpointer.check()
             if self._leave_after(step + 1, end, state, log):
                 return STATUS_PREEMPTED
+        self.watch.finished()
         self.checkpointer.wait()
         return STATUS_DONE
 

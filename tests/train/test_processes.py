@@ -161,13 +161,14 @@ def test_two_processes_stop_together_go_on_and_train_as_one(place):
 
 def test_an_error_in_one_process_ends_all_with_its_line(place):
     tokens = np.fromfile(place / "tokens.npy", np.uint8)
-    tokens[16 * 22 :] = 99  # in order, rows 6 and 7 of the third batch: the second process's
+    # Where no file is looked at before it is read; in order, row 4 of the batch: the second's.
+    tokens[16 * 260 : 16 * 261] = 99
     tokens.tofile(place / "bad.npy")
     bad = (f'Data.paths=("{place}/bad.npy",)', "Data.order=sequential")
     process = launch(place, 2, "bad", *bad)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2, errors
-    assert "[1] error: " in errors and "token 99 at token offset 352" in errors
+    assert "[1] error: " in errors and "token 99 at token offset 4160" in errors
     assert "error: process 1 (" in errors and "Traceback" not in errors
 
 
