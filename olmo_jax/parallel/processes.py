@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from olmo_jax.errors import UserError
+from olmo_jax.parallel.local import gpus
 from olmo_jax.parallel.watch import SHOW_CURSOR, STATUS_LOST, Watch, set_watch, the_watch
 
 STATUS_USER_ERROR = 2
@@ -144,7 +145,8 @@ def _slurm(environment: Mapping[str, str]) -> Cluster | None:
     job, step = (_number(environment, f"SLURM_{name}_ID", 0) for name in ("JOB", "STEP"))
     port = _SLURM_PORT + (job * 16 + step % 16) % 4096
     tasks_here = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = gpus() if given is None else given.split(",")
     shared = tasks_here is not None and int(tasks_here[0]) > 1 and len(visible) > 1
     gpu = _number(environment, "SLURM_LOCALID") if shared else None
     return Cluster(f"{first}:{port}", count, _number(environment, "SLURM_PROCID"), gpu)
@@ -258,12 +260,10 @@ def _explain_aborts(explain: Callable[[], None]) -> None:
 
     def handler(number: int) -> None:
         explain()
-        signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
+    # When it returns, abort() ends the process all the same.
     _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handler))
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(ctypes.c_int(signal.SIGABRT), _kept[-1])
+    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGABRT), _kept[-1])
 
 
 def _lost(watch: Watch, address: str) -> None:

@@ -195,8 +195,15 @@ def test_four_processes_stopped_killed_and_fewer_train_as_one(place):
         assert "error: process 3 (" in text and "no sign of life" in text
 
     stop = CheckpointReader(run / "checkpoints").latest() + 4
-    for processes, stop_at in ((4, stop), (2, stop + 4), (1, stop + 8)):
-        process = launch(place, processes, "four", f"Train.stop_at={stop_at}")
+    # Over the tensor axis both of two processes read every row; else each its half.
+    tensor = ("Mesh.fsdp=1", "Mesh.tensor=2")
+    for n, stop_at, mesh in (
+        (4, stop, ()),
+        (2, stop + 4, tensor),
+        (2, stop + 7, ()),
+        (1, stop + 9, ()),
+    ):
+        process = launch(place, n, "four", f"Train.stop_at={stop_at}", *mesh)
         _, text = process.communicate(timeout=200)
         assert process.returncode == 0, text
         assert len(rows(run)) == stop_at
