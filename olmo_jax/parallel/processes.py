@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,14 @@ from typing import Any, NoReturn
 
 from olmo_jax.errors import UserError
 from olmo_jax.parallel.local import gpus
-from olmo_jax.parallel.watch import SHOW_CURSOR, STATUS_LOST, Watch, set_watch, the_watch
+from olmo_jax.parallel.watch import (
+    DEAD_AFTER,
+    SHOW_CURSOR,
+    STATUS_LOST,
+    Watch,
+    set_watch,
+    the_watch,
+)
 
 STATUS_USER_ERROR = 2
 # jax's own limit, which aborts a process without naming the one that died: a backstop for ours
@@ -267,13 +275,17 @@ def _explain_aborts(explain: Callable[[], None]) -> None:
 
 
 def _lost(watch: Watch, address: str) -> None:
-    """In place of an abort: says that the coordinator is gone, where it is."""
-    if watch.index != 0 and not _reaches(address):
-        _end(
-            f"process 0 ({address.rpartition(':')[0]}), the coordinator, has died or cannot be "
-            "reached; the same command goes on from the newest checkpoint",
-            STATUS_LOST,
-        )
+    """Before an abort: says that the coordinator is gone, where it is; where another process's
+    death was the cause, waits until the watch knows it and ends this process with its name."""
+    deadline = time.monotonic() + DEAD_AFTER + 10
+    while time.monotonic() < deadline:
+        if watch.index != 0 and not _reaches(address):
+            _end(
+                f"process 0 ({address.rpartition(':')[0]}), the coordinator, has died or cannot be "
+                "reached; the same command goes on from the newest checkpoint",
+                STATUS_LOST,
+            )
+        time.sleep(0.5)
 
 
 def _end(message: str, status: int) -> NoReturn:
