@@ -67,6 +67,13 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader has left, as in `olmo-jax models | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        from olmo_jax import storage
+
+        if not storage.is_of_a_bucket(error):
+            raise
+        _print_error(f"the bucket's server: {storage.reason(error)}")
+        return STATUS_USER_ERROR
 
 
 @app.callback(invoke_without_command=True)
@@ -200,6 +207,14 @@ def convert(
     revision: Annotated[
         str | None, Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
+    rows: Annotated[
+        int | None,
+        Option(
+            "--rows",
+            help="Rows of the embedding (programs pad the vocabulary differently); added ones are "
+            "zeros.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, Option("--verify", help="Read the result again and compare every tensor.")
     ] = False,
@@ -231,6 +246,7 @@ def convert(
             dtype=dtype,
             step=step,
             revision=revision,
+            rows=rows,
             verify=verify,
             progress=advance,
         )
@@ -306,8 +322,9 @@ def report(
 
     if baselines:
         from olmo_jax.data.token_files import write_atomically
+        from olmo_jax.storage import location
 
-        path = Path(run) / "data.json"
+        path = location(run) / "data.json"
         kept = read_json(path) | {"baselines": read_json(Path(baselines))}
         write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
     print(write_report(run))
@@ -329,29 +346,17 @@ def models(
     if show:
         _show_model(show)
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from olmo_jax.model.presets import PRESETS
+    from olmo_jax.numerals import count_text
 
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("preset", no_wrap=True)
-    for name in ("parameters", "active", "context", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    line = "{:<24}{:>12}{:>10}{:>10}{:>9}  {}".format
+    print(line("preset", "parameters", "active", "context", "tokens", "recipe"))
     for name, released in PRESETS.items():
         model = released.config()
-        facts = [released.about, f"data: {released.data}; licence: {released.licence}"]
-        table.add_row(
-            name,
-            f"{model.parameter_count():,}",
-            f"{model.parameter_count(active=True):,}",
-            f"{model.context_length:,}",
-            f"{released.tokens / 1e12:.2f}T",
-            "\n".join([*facts, *([released.recipe] if released.recipe else [])]),
-        )
-    Console().print(table)
+        counts = (model.parameter_count(active=active) for active in (False, True))
+        context, tokens = f"{model.context_length:,}", count_text(released.tokens)
+        print(line(name, *map(count_text, counts), context, tokens, released.recipe or "-"))
+        print(f"    {released.about}\n    data: {released.data}; licence: {released.licence}")
 
 
 def _show_model(words: Sequence[str]) -> None:

@@ -30,9 +30,10 @@ AllowGinImports = Annotated[
 
 def run_config(run: str) -> "RunConfig":
     """The configuration that a run folder keeps."""
+    from olmo_jax.storage import location
     from olmo_jax.train.config import RunConfig
 
-    path = Path(run) / "config.json"
+    path = location(run) / "config.json"
     saved = read_json(path)
     try:
         return RunConfig.from_json(saved)
@@ -42,9 +43,9 @@ def run_config(run: str) -> "RunConfig":
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):

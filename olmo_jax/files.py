@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from olmo_jax import storage
 from olmo_jax.errors import UserError
 from olmo_jax.numerals import size_text
 
@@ -37,9 +38,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a whole file as `replacing` does. Raises OSError."""
+    """Writes a whole file as `replacing` does, or an object of a bucket. Raises OSError."""
+    if storage.is_remote(path):
+        storage.write(path, content)
+        return
     with replacing(path) as file:
         file.write(content)
+
+
+def jsonl_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a run's log, or of its parts where it lies in a bucket (`train.parts`)."""
+    if storage.is_remote(path):
+        parts = parts_folder(path)
+        names = sorted(storage.listing(parts))
+        addresses = [parts / name for name in names]
+        for content in storage.map_files(storage.read, addresses, addresses):
+            yield from content.splitlines()
+    elif path.exists():
+        with open(path, "rb") as file:
+            yield from file
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the parts of a log in a bucket lie, in the order of their names."""
+    return path.with_name(f"{path.name}.parts")
 
 
 def sync_folder(folder: Path) -> None:
@@ -69,5 +91,6 @@ def write_error(path: Path, error: OSError) -> UserError:
             "another run folder"
         )
     return UserError(
-        f"cannot write {path}: {error.strerror}; give a run folder on a disk that you can write to"
+        f"cannot write {path}: {error.strerror or error}; give a run folder on a disk that you can "
+        "write to"
     )

@@ -142,7 +142,9 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
 def test_models_gives_the_exact_parameter_counts(capsys):
     assert cli.run(["models"]) == 0
     out = capsys.readouterr().out
-    assert "olmo1_1b" in out and "1,176,764,416" in out and "32,234,279,936" in out
+    assert (
+        "olmo1_1b" in out and "1.18B" in out and "32.2B" in out and "configs/olmo2/32b.gin" in out
+    )
 
 
 def test_dry_run_prints_a_configuration_that_gives_the_same_again(tmp_path, capsys):

@@ -1,10 +1,11 @@
 """Saves checkpoints in the background, commits them, and removes the ones no longer wanted.
 
 A save is put together in `step{N}.tmp`, gets its manifest as its last file, and becomes `step{N}`
-by one rename, which a local disk does as a whole or not at all. (An object store has no rename:
-there the manifest, written last, is by itself the commit, and readers already ask for it.) An older
-checkpoint is removed only after that; it is first renamed away, so that a kill in the middle of the
-removal cannot leave a complete-looking half. Reading is `CheckpointReader`'s.
+by one rename, which a local disk does as a whole or not at all. A bucket has no rename: there a
+save is put together under its own name (arrays.py), and the manifest, written last, is by itself
+the commit. An older checkpoint is removed only after that; it is first renamed away (in a bucket
+its manifest goes first), so that a kill in the middle of the removal cannot leave a
+complete-looking half. Reading is `CheckpointReader`'s.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from etils import epath
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from olmo_jax import storage
+from olmo_jax.checkpoint.arrays import CHUNK_BYTES, Writes, start_writes
 from olmo_jax.checkpoint.checksums import MANIFEST, write_manifest
 from olmo_jax.checkpoint.reader import (
     METADATA,
@@ -37,12 +41,11 @@ from olmo_jax.checkpoint.reader import (
     log,
     named_leaves,
 )
+from olmo_jax.checkpoint.run_folder import refuse_lost_claim
 from olmo_jax.errors import UserError
 from olmo_jax.files import is_disk_full, sync_folder, write_bytes
 from olmo_jax.numerals import size_text
 
-# One array is stored in pieces of at most this, so that a slice of a big one can be read alone.
-CHUNK_BYTES = 64 * 2**20
 _BARRIER_MS = 20 * 60 * 1000
 _barrier_number = itertools.count()
 
@@ -117,10 +120,11 @@ class Checkpointer(CheckpointReader):
         # way report to it afterwards.
         self._runner = asyncio.Runner()
         self._pending: Future[None] | None = None
+        self._in_bucket = storage.is_remote(self.folder)
         if jax.process_index() == 0:
-            for path in sorted(self.folder.glob("step*.tmp")):
+            for path in self._left_behind():
                 log.warning("removing %s, left by a save that was killed", path)
-                shutil.rmtree(path, ignore_errors=True)
+                storage.remove(path)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -191,12 +195,16 @@ class Checkpointer(CheckpointReader):
             self._writer.submit(self._runner.close)
             self._writer.shutdown()
 
-    def _temporary(self, step: int) -> Path:
-        return self.folder / f"step{step}.tmp"
+    def _left_behind(self) -> list[Path]:
+        if not self._in_bucket:
+            return sorted(self.folder.glob("step*.tmp"))
+        complete = set(self.steps())
+        return [self.path(step) for step in self._all_steps() if step not in complete]
 
-    def _finish(
-        self, step: int, started: Future[list[Any]], content_json: bytes, needed: int
-    ) -> None:
+    def _temporary(self, step: int) -> Path:
+        return self.path(step) if self._in_bucket else self.folder / f"step{step}.tmp"
+
+    def _finish(self, step: int, started: Future[Writes], content_json: bytes, needed: int) -> None:
         """In the background: waits for the data, commits, and removes what is too old.
 
         Every process passes both barriers whatever went wrong before; the files tell the others.
@@ -204,8 +212,10 @@ class Checkpointer(CheckpointReader):
         writing = self._temporary(step)
         failure: Exception | None = None
         try:
-            _finish_all(started.result())
-            _written(writing, jax.process_index()).touch()
+            writes = started.result()
+            _finish_all(writes.futures)
+            digests = json.dumps(writes.digests).encode()
+            write_bytes(_written(writing, jax.process_index()), digests)
         except Exception as error:
             failure = error
         _barrier()
@@ -224,13 +234,22 @@ class Checkpointer(CheckpointReader):
 
     def _commit(self, step: int, content_json: bytes) -> None:
         writing = self._temporary(step)
+        known: dict[Path, str] = {}
         for process in range(jax.process_count()):
-            _written(writing, process).unlink()
-        for item in list(writing.iterdir()):
-            _orbax().finalize(epath.Path(item))  # merges what the processes wrote
+            path = _written(writing, process)
+            digests = json.loads(path.read_bytes())
+            known |= {writing / name: digest for name, digest in digests.items()}
+            path.unlink()
+        if not self._in_bucket:
+            for item in list(writing.iterdir()):
+                _orbax().finalize(epath.Path(item))  # merges what the processes wrote
         for name, data in self._files.items():
             write_bytes(writing / name, data)
         write_bytes(writing / METADATA, content_json)
+        if self._in_bucket:
+            refuse_lost_claim(self.folder.parent)
+            write_manifest(writing, known)
+            return
         write_manifest(writing)
         if self.path(step).exists():
             log.warning("replacing the half-written checkpoint %s", self.path(step))
@@ -250,9 +269,13 @@ class Checkpointer(CheckpointReader):
             try:
                 self._remove(step)
             except OSError as error:
-                log.warning("could not remove %s: %s", self.path(step), error.strerror)
+                log.warning("could not remove %s: %s", self.path(step), error.strerror or error)
 
     def _remove(self, step: int) -> None:
+        if self._in_bucket:
+            (self.path(step) / MANIFEST).unlink()
+            storage.remove(self.path(step))
+            return
         leaving = self.folder / f"step{step}.removed.tmp"
         os.rename(self.path(step), leaving)
         shutil.rmtree(leaving)
@@ -264,11 +287,12 @@ class Checkpointer(CheckpointReader):
         """
         if jax.process_index() == 0:
             _remove_for_good(self._temporary(step))
-        if not is_disk_full(error) and not isinstance(error, OSError):
+        in_bucket = self._in_bucket and isinstance(error, ValueError)  # as tensorstore says it
+        if not is_disk_full(error) and not isinstance(error, OSError) and not in_bucket:
             return error
         safe = self.steps()
         newest = f"the newest complete one is step {safe[-1]}" if safe else "there is no other"
-        if is_disk_full(error):
+        if is_disk_full(error) and not self._in_bucket:
             free = size_text(shutil.disk_usage(self.folder).free)
             reason = f"the disk is full (it needs about {size_text(needed)}, {free} are free)"
         else:
@@ -288,12 +312,14 @@ def _detached(leaf: Any) -> jax.Array:
     return jnp.copy(array) if next(iter(array.devices())).platform == "cpu" else array
 
 
-async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]], needed: int) -> list[Any]:
+async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]], needed: int) -> Writes:
     """Copies the arrays off their devices and starts writing them; gives the writes' futures.
 
     Raises OSError when the disk has less than `needed` bytes free.
     """
     trees = item_trees(leaves)
+    if storage.is_remote(writing):
+        return start_writes(writing, trees)
     try:
         if jax.process_index() == 0:
             shutil.rmtree(writing, ignore_errors=True)
@@ -309,11 +335,15 @@ async def _start(writing: Path, leaves: list[tuple[Name, jax.Array]], needed: in
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
         arguments = ocp.args.PyTreeSave(tree, save_args)
         writes += await _orbax().async_save(epath.Path(writing / item), args=arguments) or []
-    return writes
+    return Writes(writes, {})
 
 
 def _remove_for_good(folder: Path) -> None:
     """Removes a folder into which tensorstore may still be writing, which makes it anew."""
+    if storage.is_remote(folder):
+        with suppress(OSError):  # what is left is half-written, and the next start removes it
+            storage.remove(folder)
+        return
     for _ in range(20):
         if not folder.exists():
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from olmo_jax import storage
 from olmo_jax.files import sync_folder, write_bytes
 
 MANIFEST = "manifest.json"
@@ -25,6 +26,8 @@ def digest(path: Path, sync: bool = False) -> str:
     Syncing is needed before a commit: a manifest that survives a power cut which its data files did
     not would call a torn checkpoint complete.
     """
+    if storage.is_remote(path):
+        return xxhash.xxh3_64_hexdigest(storage.read(path))
     hasher = xxhash.xxh3_64()
     block = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
@@ -46,23 +49,21 @@ def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> Non
 
     `known` are digests of files that were hashed while others were written.
     """
-    manifest = folder / MANIFEST
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest)
+    listed = storage.listing(folder)
+    paths = [folder / name for name in sorted(listed) if name != MANIFEST]
     with ThreadPoolExecutor(_THREADS) as pool:  # xxhash and read release the GIL
         missing = [path for path in paths if path not in (known or {})]
         found = zip(missing, pool.map(lambda path: digest(path, sync=True), missing), strict=True)
         digests = dict(known or {}) | dict(found)
-    for subfolder in {path.parent for path in paths} | {folder}:
-        sync_folder(subfolder)
+    if not storage.is_remote(folder):
+        for subfolder in {path.parent for path in paths} | {folder}:
+            sync_folder(subfolder)
     files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "xxh3_64": digests[path],
-        }
-        for path in paths
+        name: {"bytes": listed[name].size, "xxh3_64": digests[folder / name]}
+        for name in (path.relative_to(folder).as_posix() for path in paths)
     }
     content = {"format": 1, "files": files, "xxh3_64": _digest_of_names(files)}
-    write_bytes(manifest, json.dumps(content, indent=1).encode())
+    write_bytes(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def first_damage(
@@ -91,12 +92,12 @@ def first_damage(
         path, size, hexdigest = entry
         name = path.relative_to(folder)
         try:
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes and should have {size}"
+            if (here := storage.size(path)) != size:
+                return f"{name} has {here} bytes and should have {size}"
             if digest(path) != hexdigest:
                 return f"{name} does not have the checksum that was written"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            return f"{name} cannot be read ({error.strerror or error})"
         return None
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -7,12 +7,18 @@ that write them.
 import errno
 import fcntl
 import os
+import socket
+import uuid
 from pathlib import Path
 from typing import IO
 
+from olmo_jax import storage
 from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes, write_error
 
+_CLAIM = "claim.txt"
+# What this process has written as the claim of a run folder in a bucket.
+_claims: dict[str, bytes] = {}
 # Never closed: closing any file object of a locked file drops a POSIX lock.
 _locks: dict[Path, IO[str]] = {}
 
@@ -24,7 +30,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser().absolute()
+        self.path = storage.location(path)
 
     @property
     def config_json(self) -> Path:
@@ -50,6 +56,9 @@ class RunFolder:
         Raises UserError, before anything else was done, when the place is read-only or full or is
         not a folder, or when another process is training in it.
         """
+        if storage.is_remote(self.path):
+            self._claim()
+            return
         probe = self.path / f".probe.{os.getpid()}.tmp"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -82,6 +91,21 @@ class RunFolder:
             if leftover.is_file():  # a folder is a conversion's, which may still be going on
                 leftover.unlink(missing_ok=True)
 
+    def _claim(self) -> None:
+        """Takes a run folder in a bucket over. There is no lock that ends with its process, so the
+        last to come has the folder, and one before it that still runs is stopped when it next
+        commits (`refuse_lost_claim`)."""
+        claim = f"{socket.gethostname()} process {os.getpid()} {uuid.uuid4().hex}".encode()
+        try:
+            storage.write(self.path / _CLAIM, claim)
+            storage.read(self.path / _CLAIM)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}; give a bucket that you can "
+                "write to and read from"
+            ) from None
+        _claims[str(self.path)] = claim
+
     def write_text(self, path: Path, text: str) -> None:
         """Writes a whole file atomically (old or new, never a part). Raises UserError."""
         self.write_bytes(path, text.encode())
@@ -89,7 +113,23 @@ class RunFolder:
     def write_bytes(self, path: Path, content: bytes) -> None:
         """Writes a whole file atomically (old or new, never a part). Raises UserError."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not storage.is_remote(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)
         except OSError as error:
             raise write_error(path, error) from None
+
+
+def refuse_lost_claim(run_dir: Path) -> None:
+    """Raises UserError when a later process has taken over a run folder in a bucket, which this one
+    had claimed."""
+    mine = _claims.get(str(run_dir))
+    if mine is None:
+        return
+    now = storage.read(run_dir / _CLAIM)
+    if now != mine:
+        other = " ".join(now.decode(errors="replace").split()[:3])
+        raise UserError(
+            f"another process ({other}) has taken over the run folder {run_dir}; this one stops. "
+            "Start one at a time, or give another run folder"
+        )

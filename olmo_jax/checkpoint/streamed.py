@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from olmo_jax.checkpoint.checkpointer import CHUNK_BYTES
+from olmo_jax.checkpoint.arrays import CHUNK_BYTES, tree_metadata
 from olmo_jax.checkpoint.checksums import digest, write_manifest
 from olmo_jax.checkpoint.reader import METADATA
 from olmo_jax.files import write_bytes
@@ -119,7 +119,8 @@ class StreamedCheckpoint:
         the manifest with every file's checksum."""
         self._wait(0)
         arrays = {name: array.store for name, array in self._arrays.items()}
-        write_bytes(self._params / "_METADATA", json.dumps(_tree_metadata(arrays)).encode())
+        tree = tree_metadata({name: store.shape for name, store in arrays.items()}, use_ocdbt=True)
+        write_bytes(self._params / "_METADATA", json.dumps(tree).encode())
         for name, content in files.items():
             write_bytes(self.folder / name, content)
         described = {
@@ -148,29 +149,3 @@ class StreamedCheckpoint:
             for path in (self._params / "d").glob("*"):
                 if path not in self._digests and not path.name.endswith(".__lock"):
                     self._digests[path] = self._pool.submit(digest, path)
-
-
-def _tree_metadata(arrays: Mapping[str, ts.TensorStore]) -> dict[str, Any]:
-    """Orbax's description of a tree of nested dicts."""
-
-    def entry(keys: list[str], shape: Sequence[int]) -> dict[str, Any]:
-        return {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: of a dict
-            "value_metadata": {
-                "value_type": "jax.Array",
-                "skip_deserialize": False,
-                "write_shape": list(shape),
-            },
-        }
-
-    tree = {
-        str(tuple(name.split("/"))): entry(name.split("/"), array.shape)
-        for name, array in sorted(arrays.items())
-    }
-    return {
-        "tree_metadata": tree,
-        "use_ocdbt": True,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from olmo_jax.convert.rows import with_rows
 from olmo_jax.convert.source import Source, open_source
 from olmo_jax.convert.table import weight_shapes
 from olmo_jax.errors import UserError
@@ -19,11 +20,12 @@ _MUST_AGREE = (
     "norm_place",
     "clip_qkv",
     "parallel_residual",
+    "n_heads",
     "mlp",
     "position",
     "rope_theta",
     "rope_fraction",
-    "window_pattern",
+    "windows",
     "experts_per_token",
     "normalize_expert_weights",
 )
@@ -34,10 +36,11 @@ class MeanSource:
     first's. UserError when they are not of one architecture."""
 
     def __init__(self, sources: Sequence[Source], paths: Sequence[str | Path]):
-        self._sources = sources
         first = sources[0]
+        self._sources = [with_rows(source, first.config.rows) for source in sources]
+        self.names = [Path(path).name for path in paths]
         self.config, self.eos_token_id, self.files = first.config, first.eos_token_id, first.files
-        for source, path in zip(sources, paths, strict=True):
+        for source, path in zip(self._sources, paths, strict=True):
             refuse_other_model(source.config, self.config, path)
 
     def dtype(self, path: str) -> str:
@@ -55,13 +58,18 @@ class MeanSource:
 
 @contextmanager
 def open_mean(
-    paths: str | Path | Sequence[str | Path], step: int | None = None, revision: str | None = None
+    paths: str | Path | Sequence[str | Path],
+    step: int | None = None,
+    revision: str | None = None,
+    rows: int | None = None,
 ) -> Iterator[Source]:
-    """Opens a checkpoint (see `open_source`), or several as their mean."""
+    """Opens a checkpoint (see `open_source`), or several as their mean; with `rows` in its
+    embedding, if they are given."""
     several = [paths] if isinstance(paths, str | Path) else paths
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(path, step, revision)) for path in several]
-        yield sources[0] if len(sources) == 1 else MeanSource(sources, several)
+        source = sources[0] if len(sources) == 1 else MeanSource(sources, several)
+        yield with_rows(source, rows)
 
 
 def refuse_other_model(config: ModelConfig, wanted: ModelConfig, path: str | Path) -> None:
@@ -70,6 +78,7 @@ def refuse_other_model(config: ModelConfig, wanted: ModelConfig, path: str | Pat
         f"{field} = {getattr(config, field)!r} (wanted {getattr(wanted, field)!r})"
         for field in _MUST_AGREE
         if getattr(config, field) != getattr(wanted, field)
+        and (wanted.position == "rope" or not field.startswith("rope_"))
     ]
     here, there = weight_shapes(config), weight_shapes(wanted)
     differs += [

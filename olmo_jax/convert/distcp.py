@@ -9,7 +9,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,12 +151,25 @@ def _entry(folder: Path, name: str, state: dict, places: dict) -> _Entry:
     held = sum(math.prod(chunk.sizes) for chunk in chunks)
     if held != math.prod(shape):
         raise UserError(f"{path}: the chunks of {name} hold {held} of {math.prod(shape)} elements")
+    if len(chunks) > 1 and _overlap(chunks):
+        raise UserError(f"{path}: chunks of {name} overlap, and others are missing")
     return _Entry(dtype, shape, tuple(chunks))
 
 
+def _overlap(chunks: Sequence[_Chunk]) -> bool:
+    """Whether two of a tensor's boxes share an element."""
+    low_NA = np.array([chunk.offsets for chunk in chunks])
+    high_NA = low_NA + [chunk.sizes for chunk in chunks]
+    shared = [
+        np.all(np.maximum(low_NA[i], low_NA[i + 1 :]) < np.minimum(high_NA[i], high_NA[i + 1 :]), 1)
+        for i in range(len(chunks) - 1)
+    ]
+    return any(map(np.any, shared))
+
+
 def _classes() -> Allowed:
-    """What .metadata may name. The classes are made anew for each file: a pickle can set a class's
-    attributes, and must not reach the next one's."""
+    """What .metadata may name. Classes and functions are made anew for each file: a pickle can set
+    their attributes, and must not reach the next one's, nor Python's own."""
 
     class Record:
         """Stands for a dataclass of torch's: takes its state and does nothing."""
@@ -180,6 +193,9 @@ def _classes() -> Allowed:
     class Tensor(Record):
         """TensorStorageMetadata."""
 
+    def path(*parts: str) -> str:
+        return "/".join(parts)
+
     old = "torch.distributed._shard.sharded_tensor.metadata"  # torch 2.2 and before
     records = ("Metadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")
     return {
@@ -194,8 +210,8 @@ def _classes() -> Allowed:
         ("torch.serialization", "_get_layout"): str,
         ("torch", "Size"): tuple,
         ("collections", "OrderedDict"): dict,
-        ("pathlib", "PosixPath"): PurePosixPath,
-        ("pathlib", "PurePosixPath"): PurePosixPath,
+        ("pathlib", "PosixPath"): path,
+        ("pathlib", "PurePosixPath"): path,
         **{("torch", name): name for name in DTYPES},
     }
 

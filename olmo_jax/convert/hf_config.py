@@ -66,6 +66,16 @@ def from_hf_config(
 ) -> tuple[ModelConfig, Architecture]:
     """The model of a config.json. `vocab_size` is the tokenizer's, where there is one. UserError
     names the field that this program does not compute."""
+    try:
+        return _from_hf_config(hf, vocab_size)
+    except (TypeError, ValueError, AttributeError, KeyError, StopIteration) as error:
+        raise UserError(
+            f"config.json: a field is not what transformers writes ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        ) from None
+
+
+def _from_hf_config(hf: dict[str, Any], vocab_size: int | None) -> tuple[ModelConfig, Architecture]:
     by_type = {a.model_type: a for a in ARCHITECTURES}
     kind = hf.get("model_type")
     if kind == "olmo_hybrid":
@@ -105,14 +115,11 @@ def from_hf_config(
     fields |= _read_rope(hf, architecture, fields["context_length"])
     if architecture.windows:
         fields["window_pattern"] = _read_windows(hf, fields["n_layers"])
-    try:
-        config = ModelConfig(
-            vocab_size=min(vocab_size or hf["vocab_size"], hf["vocab_size"]),
-            embedding_rows=hf["vocab_size"],
-            **fields,
-        )
-    except ValueError as error:
-        raise UserError(f"config.json: {' '.join(str(error).split())}") from None
+    config = ModelConfig(
+        vocab_size=min(vocab_size or hf["vocab_size"], hf["vocab_size"]),
+        embedding_rows=hf["vocab_size"],
+        **fields,
+    )
     return config, architecture
 
 

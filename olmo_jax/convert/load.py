@@ -44,11 +44,12 @@ def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: An
     the devices that `shardings`, a tree like `parameters`, names.
 
     Each weight is put together layer by layer and only where a device of this process holds a part
-    of it: no host ever has more than one weight beside its devices' own. Raises UserError when a
-    checkpoint is not of `config`'s architecture.
+    of it: no host ever has more than one weight beside its devices' own. The embedding gets
+    `config`'s rows (see rows.py). Raises UserError when a checkpoint is not of `config`'s
+    architecture.
     """
     shapes = parameters(abstract_model(config))
-    with open_mean(paths) as source:
+    with open_mean(paths, rows=config.rows) as source:
         refuse_other_model(source.config, config, paths[0])
         axes = weight_axes(config)
 

@@ -109,6 +109,13 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 def from_olmo_config(given: dict[str, Any], where: str) -> ModelConfig:
     """The model of config.yaml's `model`. UserError names the field that ours cannot say."""
+    try:
+        return _from_olmo_config(given, where)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _from_olmo_config(given: dict[str, Any], where: str) -> ModelConfig:
     c = _DEFAULTS | {k: v for k, v in given.items() if k in _DEFAULTS}
     moe = sorted(k for k in given if k.startswith("moe_"))
     if moe or c["block_type"] != "sequential":
@@ -170,10 +177,7 @@ def from_olmo_config(given: dict[str, Any], where: str) -> ModelConfig:
         init_std=float(c["init_std"]),
         embedding_init_std=None if c["emb_init_std"] is None else float(c["emb_init_std"]),
     )
-    try:
-        return ModelConfig(**fields)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+    return ModelConfig(**fields)
 
 
 def _norm(c: dict[str, Any], where: str) -> str:

@@ -15,10 +15,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from olmo_jax import storage
 from olmo_jax.errors import UserError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",  # of sentencepiece, LLaMA 1's and 2's
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -100,15 +102,7 @@ def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
 def _fetch(url: str) -> Path:
     """A copy of a folder at a URL, in our cache."""
     protocol = url.partition("://")[0]
-    try:
-        if protocol in ("http", "https"):
-            files: Any = _Web()
-        else:
-            import fsspec
-
-            files = fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: install olmo-jax[remote] to read it ({error})") from None
+    files: Any = _Web() if protocol in ("http", "https") else storage.file_system(url)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
     name = url.rpartition("/")[2] or "root"
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
@@ -120,6 +114,10 @@ def _fetch(url: str) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             files.get_file(f"{url}/{file}", str(partial))
+            if size is not None and partial.stat().st_size != size:
+                came = partial.stat().st_size
+                partial.unlink()
+                raise OSError(f"{file}: the connection ended after {came} of {size} bytes")
             os.replace(partial, target)
         return target
 
@@ -132,8 +130,10 @@ def _fetch(url: str) -> Path:
             wanted = sorted(there)
         for file in wanted:
             fetch(file)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{url}: cannot be fetched: {' '.join(str(error).split())[:200]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the libraries below fsspec have each their own classes
+        raise UserError(f"{url}: cannot be fetched: {storage.reason(error)}") from error
     if not wanted:
         raise UserError(f"{url}: holds no model")
     return folder

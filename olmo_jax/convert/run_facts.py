@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_jax.checkpoint import CheckpointReader, RunFolder
+from olmo_jax.files import jsonl_lines
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,15 @@ def _json(path: Path) -> dict[str, Any]:
 def _heldout(path: Path, last_step: int) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     try:
-        with open(path, "rb") as file:
-            for line in file:
-                if b'"heldout/' not in line:  # of a long run, all but a few
-                    continue
-                try:
-                    row = json.loads(line)
-                    if newest.get("step", -1) < row["step"] <= last_step:
-                        newest = row
-                except (ValueError, KeyError, TypeError):
-                    continue
+        for line in jsonl_lines(path):
+            if b'"heldout/' not in line:  # of a long run, all but a few
+                continue
+            try:
+                row = json.loads(line)
+                if newest.get("step", -1) < row["step"] <= last_step:
+                    newest = row
+            except (ValueError, KeyError, TypeError):
+                continue
     except OSError:
         pass
     return newest

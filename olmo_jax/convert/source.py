@@ -25,6 +25,7 @@ from olmo_jax.convert.table import Row
 from olmo_jax.convert.torch_files import TorchTensors
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
+from olmo_jax.storage import is_remote, reason
 
 TORCH = "pytorch_model.bin"
 _MAX_SMALL_FILE = 64 * 2**20
@@ -119,9 +120,9 @@ class TableSource:
         if row.by_expert and expert is None:
             return np.stack([self.read(path, layer, i) for i in range(config.n_experts)])
         name = row.theirs.format(layer=layer, expert=expert)
-        rows = self.tensors.read(name, row.span(path, config) if row.layout == "rows" else None)
-        values = row.extract_span(rows, path, config)
-        return values if expert is None or row.by_expert else values[expert]
+        inside = None if row.by_expert else expert  # one of the experts that this tensor holds
+        rows = self.tensors.read(name, row.span(path, config, inside))
+        return row.extract_span(rows, path, config, inside)
 
     def run_facts(self) -> None:
         """Other programs' files tell nothing."""
@@ -136,6 +137,9 @@ def open_source(
     remote.py). UserError says what was looked for."""
     from olmo_jax.convert import core_files, olmo_core, olmo_files  # they need what is here
 
+    if (found := _in_bucket(path, step)) is not None:
+        yield _Checkpoint(*found)
+        return
     folder = local_folder(path, revision)
     hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if olmo_files.is_hf_olmo(hf):
@@ -162,15 +166,29 @@ def open_source(
     yield _Checkpoint(*found)
 
 
+def _in_bucket(path: str | Path, step: int | None) -> tuple[CheckpointReader, int] | None:
+    """A checkpoint of ours in a bucket, which is read where it lies."""
+    if not is_remote(path):
+        return None
+    try:
+        return find_checkpoint(path, step)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries of buckets have each their own classes
+        raise UserError(f"{path}: cannot be fetched: {reason(error)}") from error
+
+
 def small_files(folder: Path) -> dict[str, bytes]:
     """The contents of the `TRAVELLING` files that a folder has."""
-    paths = [folder / name for name in TRAVELLING]
+    paths = [path for name in TRAVELLING if (path := folder / name).is_file()]
+    for path in paths:
+        if path.stat().st_size > _MAX_SMALL_FILE:
+            raise UserError(
+                f"{path}: has {path.stat().st_size:,} bytes, and such files at most "
+                f"{_MAX_SMALL_FILE:,}; move it elsewhere"
+            )
     try:
-        return {
-            path.name: path.read_bytes()
-            for path in paths
-            if path.is_file() and path.stat().st_size <= _MAX_SMALL_FILE
-        }
+        return {path.name: path.read_bytes() for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
@@ -181,7 +199,9 @@ def repaired_eos(config: ModelConfig, eos_token_id: int | None) -> int | None:
     The first OLMo checkpoints say 0, while their data ended documents with 50279: as the original
     converters do, that is put right for whatever has OLMo 1's norm and vocabulary.
     """
-    early_olmo = config.norm == "layer_nonparametric" and config.vocab_size == 50280
+    # Without a tokenizer a transformers folder tells only the embedding's rows.
+    sizes = {config.vocab_size, config.rows} & {50280, 50304}
+    early_olmo = config.norm == "layer_nonparametric" and sizes
     return 50279 if early_olmo and eos_token_id == 0 else eos_token_id
 
 

@@ -98,17 +98,25 @@ class Row:
             tensor = tensor[self.span(ours, config)]
         return tensor if self.layout == "same" else tensor.T
 
-    def span(self, ours: str, config: ModelConfig) -> slice:
-        """The rows (axis 0) of theirs among which one of ours lies: all that has to be read.
-        `extract_span` takes just them."""
+    def span(self, ours: str, config: ModelConfig, expert: int | None = None) -> slice:
+        """The rows (axis 0) of theirs among which one of ours lies (of experts that are one
+        tensor, a single expert's, if given): all that has to be read. `extract_span` takes just
+        them."""
+        if self.layout.startswith("merged") and expert is not None:
+            size = self._by_expert(self._part_shape(config, ours))[1]
+            return slice(expert * size, (expert + 1) * size)
         if self.layout != "rows":
             return slice(0, self.shape(config)[0])
         widths = [self._part_shape(config, path)[-1] for path in self.ours]
         start = sum(widths[: self.ours.index(ours)])
         return slice(start, start + widths[self.ours.index(ours)])
 
-    def extract_span(self, rows: np.ndarray, ours: str, config: ModelConfig) -> np.ndarray:
+    def extract_span(
+        self, rows: np.ndarray, ours: str, config: ModelConfig, expert: int | None = None
+    ) -> np.ndarray:
         """`extract`, from only the rows that `span` names."""
+        if self.layout.startswith("merged") and expert is not None:
+            return rows if self.layout == "merged" else rows.T
         return rows.T if self.layout == "rows" else self.extract(rows, ours, config)
 
     def _by_expert(self, shape: tuple[int, ...]) -> tuple[int, ...]:

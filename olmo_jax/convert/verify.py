@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from olmo_jax.convert.average import refuse_other_model
 from olmo_jax.convert.safetensors_io import DTYPES, Progress
 from olmo_jax.convert.source import Source
 from olmo_jax.convert.table import slices
@@ -15,8 +16,9 @@ def verify(
     """Compares every weight, bit by bit, after rounding the source's to `dtype` (None: as stored).
 
     `progress(done, total)` counts bytes. Returns how many slices and bytes were compared. Raises
-    UserError with the first that differs.
+    UserError with the first that differs, also of the architecture.
     """
+    refuse_other_model(written.config, source.config, "verification failed")
     count = done = 0
     total = weight_bytes(source, dtype)
     for path, at in slices(source.config):

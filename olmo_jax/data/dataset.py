@@ -4,7 +4,6 @@ Reads token files by memory map; prefetch and worker processes are `loader`'s.
 """
 
 import gzip
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from olmo_jax import storage
 from olmo_jax.data.batch import Batch, Instance, make_instance, stack
 from olmo_jax.data.config import DataConfig
 from olmo_jax.data.fingerprint import fingerprint, fingerprint_files
@@ -29,6 +29,7 @@ from olmo_jax.data.token_files import (
     check_complete,
     check_ids,
     find_files,
+    open_binary,
     open_token_file,
     smallest_dtype,
 )
@@ -75,14 +76,17 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "DataSet":
             f"Data.eos_token_id {config.eos_token_id} is outside the vocabulary of {vocab_size}"
         )
     files = {
-        name: tuple(open_token_file(path, dtype, vocab_size) for path in find_files(patterns))
+        name: tuple(_open_files(find_files(patterns), dtype, vocab_size))
         for name, patterns in (config.sources or {"": config.paths}).items()
     }
     every_file = [file for opened in files.values() for file in opened]
     if _documents_are_few(every_file):
-        for file in every_file:
-            check_complete(file)
+        storage.map_files(check_complete, every_file, [f.path for f in every_file])
     return DataSet(config, vocab_size, files)
+
+
+def _open_files(paths: list[str], dtype: str, vocab_size: int) -> list[TokenFile]:
+    return storage.map_files(lambda path: open_token_file(path, dtype, vocab_size), paths, paths)
 
 
 class DataSet:
@@ -264,16 +268,17 @@ def _documents_between(file: TokenFile, start: int, end: int) -> tuple[Document,
 
 
 def _count_documents(files: tuple[TokenFile, ...]) -> int | None:
-    if not all(os.path.exists(f.documents_path) for f in files):
+    if not all(storage.exists(f.documents_path) for f in files):
         return None
     count = 0
     for file in files:
-        with gzip.open(file.documents_path, "rb") as f:
+        with gzip.open(open_binary(file.documents_path), "rb") as f:
             count += sum(1 for _ in f)
     return count
 
 
 def _documents_are_few(files: Iterable[TokenFile]) -> bool:
     """Whether reading every .csv.gz takes seconds rather than hours."""
-    paths = [f.documents_path for f in files if os.path.exists(f.documents_path)]
-    return sum(map(os.path.getsize, paths)) < _READ_DOCUMENTS_BELOW
+    paths = [f.documents_path for f in files]
+    sizes = storage.map_files(lambda p: storage.size(p) if storage.exists(p) else 0, paths, paths)
+    return sum(sizes) < _READ_DOCUMENTS_BELOW

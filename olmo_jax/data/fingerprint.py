@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from olmo_jax import storage
 from olmo_jax.data.token_files import TokenFile
 
 _WHOLE = 16 << 20  # bytes; smaller files are hashed whole, in about a millisecond a MB
@@ -23,23 +24,25 @@ def fingerprint(value: Any) -> str:
 
 def fingerprint_files(files: Iterable[TokenFile], with_documents: bool) -> str:
     """32 hex digits of the files, in order; with their .csv.gz where those decide the instances."""
-    parts: list[Any] = []
-    for file in files:
-        parts.append([os.path.basename(file.path), file.dtype, _contents(file.path)])
-        if with_documents and os.path.exists(file.documents_path):
-            parts.append(_contents(file.documents_path))
-    return fingerprint(parts)
+    files = list(files)
+
+    def parts(file: TokenFile) -> list[Any]:
+        own = [[os.path.basename(file.path), file.dtype, _contents(file.path)]]
+        documents = with_documents and storage.exists(file.documents_path)
+        return own + ([_contents(file.documents_path)] if documents else [])
+
+    found = storage.map_files(parts, files, [file.path for file in files])
+    return fingerprint([part for file in found for part in file])
 
 
 def _contents(path: str) -> list[Any]:
     """Size and hash: of the whole file, or of 64 blocks spread over it, head and tail included."""
-    size = os.path.getsize(path)
+    size = storage.size(path)
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as f:
-        if size <= _WHOLE:
-            digest.update(f.read())
-        else:
-            for k in range(_BLOCKS):
-                f.seek((size - _BLOCK) * k // (_BLOCKS - 1))
-                digest.update(f.read(_BLOCK))
+    if size <= _WHOLE:
+        digest.update(storage.read(path))
+    else:
+        for k in range(_BLOCKS):
+            start = (size - _BLOCK) * k // (_BLOCKS - 1)
+            digest.update(storage.read(path, start, start + _BLOCK))
     return [size, digest.hexdigest()]

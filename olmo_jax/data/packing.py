@@ -109,7 +109,7 @@ def document_spans(file: TokenFile, eos_token_id: int | None) -> np.ndarray:
     if documents is not None:
         spans = np.array([d[:2] for d in documents], np.int64).reshape(-1, 2)
     elif eos_token_id is not None:
-        ends = np.flatnonzero(file.tokens == eos_token_id) + 1
+        ends = np.flatnonzero(file.tokens[:] == eos_token_id) + 1
         ends = np.union1d(ends, [file.size])
         spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
     else:

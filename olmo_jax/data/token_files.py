@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from olmo_jax import storage
+from olmo_jax.data.remote_tokens import RemoteTokens
 from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes
 
@@ -46,8 +48,10 @@ class TokenFile:
     """Tokens in the file."""
 
     @property
-    def tokens(self) -> np.ndarray:
-        """The whole file as a read-only memory map, (size,)."""
+    def tokens(self) -> np.ndarray | RemoteTokens:
+        """The whole file as a read-only memory map, (size,); in a bucket, its slices are reads."""
+        if storage.is_remote(self.path):
+            return RemoteTokens(self.path, self.dtype, self.size)
         return _memory_map(self.path, self.dtype, self.size)
 
     @property
@@ -75,9 +79,13 @@ def find_files(patterns: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        if "://" in pattern:
-            raise UserError(f"{pattern}: only local token files are read; copy it to a local disk")
-        if os.path.isfile(pattern):
+        if storage.is_remote(pattern):
+            found += _find_remote(pattern)
+        elif "://" in pattern:
+            raise UserError(
+                f"{pattern}: token files are read from a local disk, gs:// or s3://; copy it to one"
+            )
+        elif os.path.isfile(pattern):
             found.append(pattern)
         elif glob.has_magic(pattern):
             matches = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
@@ -91,6 +99,25 @@ def find_files(patterns: Iterable[str]) -> list[str]:
     return found
 
 
+def _find_remote(pattern: str) -> list[str]:
+    try:
+        if not glob.has_magic(pattern):
+            if not storage.exists(pattern):
+                raise UserError(f"{pattern}: no such token file")
+            return [pattern]
+        found = storage.matches(pattern)
+    except OSError as e:
+        raise UserError(f"{pattern}: cannot be looked for: {e.strerror or e}") from None
+    if not found:
+        raise UserError(f"{pattern}: no file matches; check the folder and the pattern")
+    return found
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A small file for reading: one on this machine, or all of one in a bucket. Raises OSError."""
+    return io.BytesIO(storage.read(path)) if storage.is_remote(path) else open(path, "rb")
+
+
 def open_token_file(path: str, dtype: str, vocab_size: int) -> TokenFile:
     """Check size, header and a sample of the ids, and return the file.
 
@@ -98,9 +125,8 @@ def open_token_file(path: str, dtype: str, vocab_size: int) -> TokenFile:
     real numpy header, or a sampled id that is not below `vocab_size`.
     """
     try:
-        n_bytes = os.path.getsize(path)
-        with open(path, "rb") as f:
-            magic = f.read(6)
+        n_bytes = storage.size(path)
+        magic = storage.read(path, 0, min(6, n_bytes))
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
     width = np.dtype(dtype).itemsize
@@ -138,10 +164,10 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
 
     Raises UserError when a row is not `start,end,id,src,loc` or lies beyond `n_tokens`.
     """
-    if not os.path.exists(path):
-        return None
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as f:
+        if not storage.exists(path):
+            return None
+        with gzip.open(open_binary(path), "rt", encoding="utf-8", newline="") as f:
             documents = [_parse_row(row, path, i) for i, row in enumerate(csv.reader(f), 1)]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as e:
         raise UserError(f"{path}: not a readable .csv.gz ({e}); write it again") from None
@@ -158,9 +184,9 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
 
 def check_complete(file: TokenFile) -> None:
     """Raise UserError when the file ends before its last document does."""
-    if os.path.exists(file.documents_path):
+    if storage.exists(file.documents_path):
         try:
-            with gzip.open(file.documents_path, "rb") as f:
+            with gzip.open(open_binary(file.documents_path), "rb") as f:
                 last = f.read().rstrip(b"\n").rpartition(b"\n")[2]
             _check_end(file.documents_path, int(last.split(b",")[1]), file.size)
         except (OSError, EOFError, zlib.error, IndexError, ValueError):
@@ -204,12 +230,13 @@ def write_token_file(
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one."""
-    path = Path(path)
+    path = storage.location(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not storage.is_remote(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
 
 
 # A mapping keeps a file descriptor open; 256 stays clear of the usual limit of 1024.

@@ -21,6 +21,7 @@ from olmo_jax.files import write_bytes
 from olmo_jax.numerals import count_text, size_text
 from olmo_jax.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, Plot, make_plot
 from olmo_jax.report.run_files import Run, number, read_run
+from olmo_jax.storage import location
 
 SAMPLE_STEPS = 12  # the newest ones; with them the page stays well below a megabyte
 SAMPLE_LETTERS = 4000
@@ -54,14 +55,15 @@ def write_report(run_dir: Path | str) -> Path:
     Needs nothing but the folder; whatever is missing in it is missing on the page. Raises UserError
     when `run_dir` is no run folder or cannot be written to.
     """
-    run_dir = Path(run_dir)
+    run_dir = location(run_dir)
     page = render(read_run(run_dir))
     path = run_dir / "report.html"
     try:
         write_bytes(path, page.encode())
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; make room, or copy the run folder elsewhere"
+            f"cannot write {path}: {error.strerror or error}; make room, or copy the run folder "
+            "elsewhere"
         ) from error
     return path
 

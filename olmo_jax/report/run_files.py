@@ -7,13 +7,15 @@ pod is made on any laptop.
 import json
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from olmo_jax.errors import UserError
+from olmo_jax.files import jsonl_lines
+from olmo_jax.storage import Entry, is_remote, listing
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,20 @@ def read_run(run_dir: Path) -> Run:
     """Raises UserError when `run_dir` is missing or is no run folder."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run folder {run_dir}; give the Train.run_dir of a run")
-    if not any((run_dir / name).exists() for name in ("metrics.jsonl", "config.gin")):
+    if not any((run_dir / name).exists() for name in ("config.gin", "metrics.jsonl")):
         raise UserError(
             f"{run_dir} is not a run folder: it has neither metrics.jsonl nor config.gin; "
             "give the Train.run_dir of a run"
         )
     gin = run_dir / "config.gin"
     return Run(
-        name=run_dir.resolve().name,
+        name=run_dir.name if is_remote(run_dir) else run_dir.resolve().name,
         rows=[row for row in _read_rows(run_dir / "metrics.jsonl") if _has_step(row)],
         samples=[row for row in _read_rows(run_dir / "samples.jsonl") if _has_step(row)],
         data=_read_json(run_dir / "data.json"),
         environment=_read_json(run_dir / "environment.json"),
         config=_read_json(run_dir / "config.json"),
-        config_gin=gin.read_text(errors="replace") if gin.exists() else "",
+        config_gin=gin.read_bytes().decode(errors="replace") if gin.exists() else "",
         checkpoints=_read_checkpoints(run_dir / "checkpoints"),
     )
 
@@ -96,40 +98,33 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file; a line that the run is still writing is passed over."""
-    if not path.exists():
-        return []
     rows = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+    for line in jsonl_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
 def _read_checkpoints(folder: Path) -> list[Checkpoint]:
     """The `step{N}` folders, rising; checkpoint/reader.py describes what is in them."""
+    by_step: dict[int, dict[str, Entry]] = {}
+    for name, entry in listing(folder).items():
+        if match := re.fullmatch(r"step(\d+)/(.+)", name):
+            by_step.setdefault(int(match[1]), {})[match[2]] = entry
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"step(\d+)", path.name)
-        if not match or not path.is_dir():
-            continue
-        metadata = _read_json(path / "metadata.json")
-        try:
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-        except OSError:  # the run, still going on, is removing this one
-            continue
+    for step, files in by_step.items():
+        metadata = _read_json(folder / f"step{step}" / "metadata.json")
         found.append(
             Checkpoint(
-                step=int(match[1]),
-                complete=(path / "manifest.json").is_file(),
+                step=step,
+                complete="manifest.json" in files,
                 permanent=bool(metadata.get("permanent")),
-                bytes=size,
-                written=written,
+                bytes=sum(entry.size for entry in files.values()),
+                written=max(entry.written for entry in files.values()),
                 parameters=_parameter_count(metadata),
             )
         )

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from olmo_jax.parallel.processes import is_first
 from olmo_jax.parallel.sharding import local_rows, to_global
 from olmo_jax.parallel.watch import Watch, the_watch
 from olmo_jax.parallel.xla_flags import set_flags
+from olmo_jax.storage import is_remote, location
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
 from olmo_jax.train.metrics import MetricsWriter, NoMetrics
@@ -77,7 +77,7 @@ def _train(run, gin_text, evaluators, at_end, profile_steps, watch: Watch) -> in
         raise
     except OSError as error:
         if is_disk_full(error) or error.errno == errno.EROFS:  # between two checkpoints, say
-            raise write_error(Path(error.filename or run.train.run_dir), error) from error
+            raise write_error(location(error.filename or run.train.run_dir), error) from error
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -139,6 +139,11 @@ class _Loop:
         files = {"config.gin": gin_text.encode()} | tokenizer_file
         self.checkpointer = Checkpointer(self.folder.checkpoints, run.checkpoint, files)
         self.files = files
+        if profile_steps and is_remote(self.folder.path):
+            raise UserError(
+                f"--profile_steps: a profile cannot be written to {self.folder.path}; profile "
+                "a run whose Train.run_dir is a local folder"
+            )
         self.profile = Profile(profile_steps, self.folder.path / "profile", self.first_process)
 
     def _heldout(self) -> list[Evaluator]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import tempfile
 import time
 import uuid
 import warnings
@@ -14,8 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from olmo_jax import storage
 from olmo_jax.errors import UserError
-from olmo_jax.files import replacing
+from olmo_jax.files import replacing, write_bytes
+from olmo_jax.train.parts import PartsLog
 from olmo_jax.train.tensorboard import EventFile
 
 
@@ -28,8 +31,7 @@ class JsonlLog:
     file and renaming it over the old one: a kill at any moment leaves either of the two. With
     s = 0 nothing was restored, and the file starts empty.
 
-    A run folder on an object store cannot be appended to; there each flush would have to write a
-    part of its own.
+    A run folder in a bucket cannot be appended to; there it is `parts.PartsLog`.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -104,11 +106,12 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path | str, tensorboard: bool, wandb: bool, resume_step: int):
-        run_dir = Path(run_dir)
+        run_dir = storage.location(run_dir)
+        Log = PartsLog if storage.is_remote(run_dir) else JsonlLog
         wandb_module = _import_wandb() if wandb else None
-        self._metrics = JsonlLog(run_dir / "metrics.jsonl", resume_step)
-        self._instances = JsonlLog(run_dir / "instances.jsonl", resume_step)
-        self._samples = JsonlLog(run_dir / "samples.jsonl", resume_step)
+        self._metrics = Log(run_dir / "metrics.jsonl", resume_step)
+        self._instances = Log(run_dir / "instances.jsonl", resume_step)
+        self._samples = Log(run_dir / "samples.jsonl", resume_step)
         self._tensorboard = EventFile(run_dir / "tensorboard", resume_step) if tensorboard else None
         self._wandb = _open_wandb(wandb_module, run_dir, resume_step) if wandb_module else None
 
@@ -140,6 +143,8 @@ class MetricsWriter:
         """Returns when all rows so far are on the disk; call it before saving a checkpoint."""
         for log in (self._metrics, self._instances, self._samples):
             log.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def close(self) -> None:
         for log in (self._metrics, self._instances, self._samples):
@@ -198,13 +203,15 @@ def _import_wandb() -> Any:
 def _open_wandb(wandb_module: Any, run_dir: Path, resume_step: int) -> Any:
     """A resumed run goes on under its own id; W&B passes over the steps that it already has."""
     id_file = run_dir / "wandb" / "run_id.txt"
-    id_file.parent.mkdir(parents=True, exist_ok=True)
+    in_bucket = storage.is_remote(run_dir)
+    if not in_bucket:
+        id_file.parent.mkdir(parents=True, exist_ok=True)
     if resume_step == 0 or not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
+        write_bytes(id_file, uuid.uuid4().hex[:12].encode())
     return wandb_module.init(
         project=os.environ.get("WANDB_PROJECT", "olmo_jax"),
-        name=run_dir.resolve().name,
+        name=run_dir.name if in_bucket else run_dir.resolve().name,
         id=id_file.read_text().strip(),
         resume="allow",
-        dir=str(run_dir),
+        dir=tempfile.mkdtemp(prefix="olmo_jax_wandb_") if in_bucket else str(run_dir),
     )

@@ -12,19 +12,29 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from olmo_jax import storage
+from olmo_jax.train.parts import Parts
+
 
 class EventFile:
     """A new event file in `folder`. TensorBoard forgets what older files say from `resume_step` on.
 
-    Rows reach the operating system unbuffered, in order.
+    Rows reach the operating system unbuffered, in order; in a bucket, they go in parts.
     """
 
     def __init__(self, folder: Path, resume_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's files in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns()}"
-        self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 (closed by close)
-        self._write(_bytes(3, b"brain.Event:2"), 0, time.time())
+
+        def name() -> Path:  # TensorBoard reads a folder's files in the order of their names
+            return folder / f"events.out.tfevents.{time.time_ns()}"
+
+        head = _record(_bytes(3, b"brain.Event:2"), 0, time.time())
+        self._parts: Parts | None = None
+        if storage.is_remote(folder):
+            self._parts = Parts(name, head)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(name(), "xb", buffering=0)  # noqa: SIM115 (closed by close)
+            self._file.write(head)
         session_start = _bytes(7, _varint(1 << 3) + _varint(1))  # SessionLog.status = START
         self._write(session_start, resume_step + 1 if resume_step else 0, time.time())
 
@@ -36,13 +46,27 @@ class EventFile:
         )
         self._write(_bytes(5, values), step, wall_time)
 
+    def flush(self) -> None:
+        """Returns when all rows so far are in the bucket; of a disk, it asks nothing."""
+        if self._parts:
+            self._parts.flush()
+
     def close(self) -> None:
-        self._file.close()
+        (self._parts or self._file).close()
 
     def _write(self, what: bytes, step: int, wall_time: float) -> None:
-        event = b"\x09" + struct.pack("<d", wall_time) + b"\x10" + _varint(step) + what
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked_crc32c(length) + event + _masked_crc32c(event))
+        record = _record(what, step, wall_time)
+        if self._parts:
+            self._parts.append(record)
+        else:
+            self._file.write(record)
+
+
+def _record(what: bytes, step: int, wall_time: float) -> bytes:
+    """An event in its frame."""
+    event = b"\x09" + struct.pack("<d", wall_time) + b"\x10" + _varint(step) + what
+    length = struct.pack("<Q", len(event))
+    return length + _masked_crc32c(length) + event + _masked_crc32c(event)
 
 
 def _varint(number: int) -> bytes:

@@ -1,0 +1,108 @@
+"""A run that lives in a bucket, data, logs and checkpoints: killed, it resumes exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from olmo_jax.checkpoint import CheckpointReader, RunFolder
+from olmo_jax.files import jsonl_lines
+from tests.buckets import BUCKET, SERVERS, faulty, files, forget
+
+ROOT = Path(__file__).parents[2]
+GIN = """
+Model.vocab_size = 64
+Model.d_model = 32
+Model.n_layers = 2
+Model.n_heads = 2
+Model.mlp_width = 32
+Data.sequence_length = 16
+Data.batch_size = 4
+Data.eos_token_id = 0
+Train.steps = 12
+Checkpoint.every = 6
+Checkpoint.ephemeral_every = 3
+"""
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def place(request, tmp_path_factory):
+    """An address in a bucket with token files; this process and its children find the server
+    through a proxy with these faults."""
+    folder, protocol = tmp_path_factory.mktemp("bucket"), request.param
+    (folder / "test.gin").write_text(GIN)
+    tokens = np.random.default_rng(0).integers(1, 64, 40_000).astype(np.uint8)
+    tokens[-1] = 1
+    with SERVERS[protocol]() as variables, faulty(variables) as (led, faults):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in led.items():
+                patch.setenv(name, value)
+            patch.delenv("TENSORSTORE_GCS_HTTP_URL", raising=False)
+            forget()
+            url = f"{protocol}://{BUCKET}/place"
+            files(protocol).pipe_file(f"{url}/tokens.npy", tokens.tobytes())
+            yield folder, url, faults
+        forget()
+
+
+def start(place, run: str, *bindings: str) -> subprocess.Popen:
+    folder, url, _ = place
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-m", "olmo_jax.cli", "train", f"--gin_file={folder}/test.gin"]
+    command += [f"--gin.Data.paths=('{url}/tokens.npy',)"]
+    command += [f"--gin.Train.run_dir='{url}/{run}'", *(f"--gin.{b}" for b in bindings)]
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == status, errors
+    return errors
+
+
+def rows(url: str, name: str) -> list[dict]:
+    return [json.loads(line) for line in jsonl_lines(RunFolder(url).path / name)]
+
+
+def weights(url: str, step: int) -> dict[str, np.ndarray]:
+    tensors = CheckpointReader(RunFolder(url).checkpoints).tensors(step)
+    return {name: np.asarray(t.read().result()) for name, t in tensors.items()}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_exactly_in_spite_of_faults(place):
+    _, url, faults = place
+    finish(start(place, "whole"))
+    killed = start(place, "killed")
+    reader = CheckpointReader(RunFolder(f"{url}/killed").checkpoints)
+    deadline = time.monotonic() + 100
+    while not reader.steps() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    finish(killed, -signal.SIGKILL)
+    first = reader.steps()
+    assert first and max(first) < 12, first
+    faults.kinds, faults.every = ("500", "cut", "slow"), 5
+    errors = finish(start(place, "killed"))
+    faults.kinds = ()
+    assert f"resuming {url}/killed from step" in errors
+    assert {kind for kind, _, _ in faults.done} == {"500", "cut", "slow"}
+    assert reader.steps() == [6, 9, 12]  # the newest ephemeral one too
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in rows(f"{url}/killed", "metrics.jsonl")] == [
+            row[name] for row in rows(f"{url}/whole", "metrics.jsonl")
+        ]
+    instances = rows(f"{url}/killed", "instances.jsonl")
+    assert instances == rows(f"{url}/whole", "instances.jsonl")
+    assert [row["step"] for row in instances] == list(range(1, 13))
+    a, b = weights(f"{url}/whole", 12), weights(f"{url}/killed", 12)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
