@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data
+from olmo_jax import cli_data, cli_launch
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
@@ -36,14 +36,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_launch.app, name="launch")
 
 
 def main() -> None:
     """The console entry `olmo-jax`: settings of the process first, then the command."""
+    from olmo_jax.parallel.processes import leave
     from olmo_jax.parallel.runtime import configure
 
     configure()
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -92,13 +94,31 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry_run", help="Print configuration, size and plan, and leave.")
     ] = False,
+    profile_steps: Annotated[
+        str | None,
+        Option("--profile_steps", help="Steps to profile into the run folder, as 10:15."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, Option("--coordinator", help="HOST:PORT of process 0, of several processes.")
+    ] = None,
+    processes: Annotated[int | None, Option("--processes", help="Their number.")] = None,
+    process_id: Annotated[
+        int | None, Option("--process_id", help="Which of them this is, from 0.")
+    ] = None,
+    start_timeout: Annotated[
+        int | None, Option("--start_timeout", help="Seconds within which all must meet; 300.")
+    ] = None,
     allow_gin_imports: AllowGinImports = False,
 ) -> None:
     """Train a model, or go on with a run from its newest checkpoint.
 
     Any value of the configuration can be given as --gin.Name.field=value; Name is Model, Optimizer,
     Schedule, Data, Train, Checkpoint or Mesh. --dry_run prints all of them. Status 75: SIGTERM came
-    and the state was saved; the same command goes on.
+    and the state was saved; 76: another process died, or a hang was ended; the same command goes
+    on.
+
+    Each host runs the same command. TPU hosts, SLURM tasks and GKE pods find one another; others
+    need --coordinator, --processes and --process_id.
 
     ```
     olmo-jax train --gin_file=configs/demo.gin
@@ -106,17 +126,32 @@ def train(
     ```
     """
     from olmo_jax.config import load_config, to_gin
+    from olmo_jax.parallel.processes import initialize
 
+    steps = _steps(profile_steps)
     config = load_config(gin_file or [], bindings(context, context.args), allow_gin_imports)
     if dry_run:
         from olmo_jax.train.dry_run import describe
 
         print(to_gin(config), describe(config), sep="\n")
         return
+    initialize(coordinator, processes, process_id, start_timeout)
     from olmo_jax.train.loop import train
 
     at_end = partial(_report, config.train.run_dir)
-    raise typer.Exit(train(config, to_gin(config), _samples(config), at_end))
+    raise typer.Exit(train(config, to_gin(config), _samples(config), at_end, steps))
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """10:15 as (10, 15)."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(
+            f"--profile_steps={text}: give the first and the last step, as 10:15 (the first is 1)"
+        )
+    return int(first), int(last)
 
 
 @app.command()

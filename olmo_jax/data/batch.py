@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     loss_mask_BT: np.ndarray
     """bool; False where there is no target, where it is padding, and in filtered instances."""
     instance_ids_B: np.ndarray | None
-    """int64; host only: the step gets `batch._replace(instance_ids_B=None)`."""
+    """int64; host only: the step gets `batch._replace(instance_ids_B=None)`. Those of the whole
+    batch, where the process has only some of its rows."""
 
 
 def make_instance(

@@ -200,11 +200,12 @@ class DataSet:
         boundaries = self._boundaries(pieces, tokens)
         return make_instance(tokens, boundaries, self.tokens_per_instance, instance_id, keep_loss)
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """A process's rows of a step's global batch: an equal, contiguous block."""
-        rows = self.batch_size(step) // process_count
-        first = self.first_n(step) + process_index * rows
-        return stack([self.instance(n) for n in range(first, first + rows)])
+    def batch(self, step: int, rows: Iterable[int] | None = None) -> Batch:
+        """These rows of a step's global batch (None: all), and the ids of all of its instances."""
+        first, size = self.first_n(step), self.batch_size(step)
+        ids = [self.instance_id(n) for n in range(first, first + size)]
+        batch = stack([self.row(ids[row]) for row in (range(size) if rows is None else rows)])
+        return batch._replace(instance_ids_B=np.array(ids, np.int64))
 
     def where(self, instance_id: int) -> list[Location]:
         """The stretches of files that make up an instance, with their documents."""

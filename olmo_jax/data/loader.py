@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -22,35 +22,19 @@ def load_batches(
     dataset: DataSet,
     first_step: int,
     last_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Mapping[int, np.ndarray] | None = None,
 ) -> Iterator[tuple[int, Batch]]:
-    """(step, local rows) for first_step <= step < last_step; steps are counted from 0.
+    """(step, batch) for first_step <= step < last_step; steps are counted from 0.
 
-    Each of `process_count` processes gets an equal contiguous block of the global batch's rows,
-    what `jax.make_array_from_process_local_data` takes. Raises UserError when a batch size does
-    not divide, and whatever reading raises.
+    `rows` are the rows that this process reads, for each size of the global batch
+    (`parallel.sharding.local_rows`); None: all. Raises UserError, and whatever reading raises.
     """
-    for size in sorted(dataset.steps.sizes_between(first_step, last_step)):
-        if size % process_count:
-            raise UserError(
-                f"a batch of {size} instances does not divide over {process_count} processes; "
-                f"make Data.batch_size a multiple of {process_count}"
-            )
-    return _load(dataset, first_step, last_step, process_index, process_count)
-
-
-def _load(
-    dataset: DataSet, first_step: int, last_step: int, process_index: int, process_count: int
-) -> Iterator[tuple[int, Batch]]:
     if first_step >= last_step:
         return
     import grain
 
     config = dataset.config
-    batches = grain.MapDataset.source(_Batches(dataset, last_step, process_index, process_count))[
-        first_step:
-    ]
+    batches = grain.MapDataset.source(_Batches(dataset, last_step, rows))[first_step:]
     # With workers the prefetch is the workers' own: `prefetch` batches waiting in each.
     threads = min(4, config.prefetch) if config.workers == 0 else 1
     reads = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
@@ -83,9 +67,8 @@ class _Batches:
     Its length is the end of the run: Grain repeats nothing and stops there.
     """
 
-    def __init__(self, dataset: DataSet, last_step: int, process_index: int, process_count: int):
-        self._dataset, self._last_step = dataset, last_step
-        self._process_index, self._process_count = process_index, process_count
+    def __init__(self, dataset: DataSet, last_step: int, rows: Mapping[int, np.ndarray] | None):
+        self._dataset, self._last_step, self._rows = dataset, last_step, rows
 
     def __len__(self) -> int:
         return self._last_step
@@ -93,7 +76,8 @@ class _Batches:
     def __getitem__(self, step: int) -> Batch | UserError:
         # Grain wraps what a worker raises in its own exceptions: hand the error over as an item.
         try:
-            return self._dataset.batch(step, self._process_index, self._process_count)
+            rows = None if self._rows is None else self._rows[self._dataset.batch_size(step)]
+            return self._dataset.batch(step, rows)
         except UserError as e:
             return e
 

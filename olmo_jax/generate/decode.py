@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from olmo_jax.errors import UserError
 from olmo_jax.generate.sampling import Sampling, sample
@@ -69,11 +70,18 @@ def _generate(model, prompt_ids, max_tokens, sampling, seed, eos_id) -> Iterator
             tokens, token, cache, key = _decode(decoder, token, at, cache, key, sampling)
             waiting.append(tokens)
             at += _TOKENS_A_DISPATCH
-        for i in np.asarray(waiting.pop(0))[:left].tolist():
+        for i in _fetched(waiting.pop(0))[:left].tolist():
             if i == eos_id:
                 return
             yield i
             left -= 1
+
+
+def _fetched(x: jax.Array) -> np.ndarray:
+    """The values, also where another process's devices hold a part of them."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _bucket(n: int) -> int:

@@ -6,6 +6,7 @@ dropped for that dimension (the weight is then whole along it).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -56,7 +57,32 @@ def batch_parts(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
 
 
-def to_global(mesh: Mesh, local: Any) -> Any:
-    """A pytree of this process's rows (numpy, leading axis the batch) as global arrays."""
+@lru_cache
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """The rows of a batch of `size` that this process's devices hold, rising; the same ones as
+    another process's where an axis that does not cut the batch runs over both."""
+    spans = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in spans if index]))
+
+
+def to_global(mesh: Mesh, rows: Any, size: int | None = None) -> Any:
+    """A pytree of rows (numpy, leading axis the batch) as global arrays of `size` rows.
+
+    The rows are those of `local_rows(mesh, size)`; without a size they are the whole batch, the
+    same one in every process.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
+    here = None if size is None else local_rows(mesh, size)
+
+    def place(a: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            if here is None:
+                return a[index]
+            start, stop, _ = index[0].indices(size or 0)
+            first, end = np.searchsorted(here, (start, stop))
+            return a[(slice(first, end), *index[1:])]
+
+        shape = (len(a) if size is None else size, *a.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, rows)

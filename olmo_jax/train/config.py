@@ -69,8 +69,14 @@ class TrainConfig:
     """Also send metrics to Weights & Biases (the `wandb` extra)."""
     nonfinite_steps: int = 5
     """Steps in a row with a loss or gradient that is not finite after which the run stops."""
+    hang_minutes: float | None = 30.0
+    """Minutes without a step after which the run ends and shows where each process was; compiling
+    and evaluating are not counted. None: never."""
     deterministic: bool = False
     """On GPU, ask XLA for deterministic kernels, so that a resumed run is bit-identical."""
+    xla_flags: tuple[str, ...] = ()
+    """Compiler flags beside those that this program chooses for the backend (--dry_run shows them):
+    "name=value" adds one, or changes one of ours; "-name" drops one of ours."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -86,6 +92,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: it must be at least 1")
+        if self.hang_minutes is not None and self.hang_minutes <= 0:
+            raise ValueError(f"hang_minutes = {self.hang_minutes}: it must be above 0")
         return self
 
 

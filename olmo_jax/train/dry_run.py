@@ -3,11 +3,14 @@
 Nothing is compiled and no data file is opened; `plan/` measures memory and time.
 """
 
+import os
+
 import jax
 
 from olmo_jax.errors import UserError
 from olmo_jax.ops.kernels import pick_kernels
 from olmo_jax.parallel.mesh import build_mesh
+from olmo_jax.parallel.xla_flags import VARIABLES, choose
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.flops import flops_per_token
 from olmo_jax.train.plan import Plan
@@ -15,6 +18,8 @@ from olmo_jax.train.plan import Plan
 
 def describe(run: RunConfig) -> str:
     """Lines "name: value". A mesh that does not fit this machine is told there, not raised."""
+    # First: XLA would abort at a flag that it does not know, with the first look at the devices.
+    platform, flags, flag_notes = choose(run.train.xla_flags, os.environ, run.train.deterministic)
     plan, T = Plan(run), run.data.sequence_length
     flops = flops_per_token(run.model, T)
     sizes = sorted(plan.batch_sizes)
@@ -22,12 +27,12 @@ def describe(run: RunConfig) -> str:
     instances = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     try:
         mesh = build_mesh(run.mesh)
-        platform = mesh.devices.flat[0].platform
+        kind = mesh.devices.flat[0].platform
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         where = f"{axes or 'one device'} ({mesh.devices.size} x {mesh.devices.flat[0].device_kind})"
     except UserError as error:
-        platform, where = jax.default_backend(), f"does not fit this machine ({error})"
-    kernels = pick_kernels(platform)
+        kind, where = jax.default_backend(), f"does not fit this machine ({error})"
+    kernels = pick_kernels(kind)
     experts = f", experts {kernels.experts}" if run.model.n_experts else ""
     count = run.model.parameter_count()
     lines = {
@@ -52,6 +57,13 @@ def describe(run: RunConfig) -> str:
     if run.model.n_experts:
         active = run.model.parameter_count(active=True)
         lines["parameters"] += f"; {active:,} active, {run.model.n_experts} experts"
+    variable = VARIABLES[platform]
+    given = os.environ.get(variable)
+    lines["XLA flags"] = f"{len(flags) or 'none'} for {platform} ({variable})" + (
+        f", beside what it says already: {given}" if given else ""
+    )
     width = max(len(name) for name in lines) + 2
     text = [f"{name + ':':{width}}{value}" for name, value in lines.items()]
-    return "\n".join([*text, *(f"{'note:':{width}}{note}" for note in kernels.notes)])
+    text += [f"  {flag}: {flag.reason} [{flag.source}]" for flag in flags]
+    notes = [*flag_notes, *kernels.notes]
+    return "\n".join([*text, *(f"{'note:':{width}}{note}" for note in notes)])

@@ -24,7 +24,7 @@ from olmo_jax.data.token_files import (
 from olmo_jax.data.tokenizer import token_bytes
 from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import Transformer
-from olmo_jax.parallel.sharding import batch_parts, to_global
+from olmo_jax.parallel.sharding import batch_parts, replicated, to_global
 from olmo_jax.train.step import loss_function
 
 _BLOCK = 1 << 20  # tokens looked at together
@@ -77,7 +77,7 @@ class HeldOut:
         # Before any training, so that an id that is no token's is not met at the first evaluation.
         bytes_V = None if tokenizer is None else token_bytes(tokenizer)
         self.bytes = [_count_bytes(file, vocab_size, bytes_V) for file in self.files]
-        self._score = jax.jit(_score)
+        self._score = jax.jit(_score, out_shardings=replicated(mesh))  # every process fetches it
 
     def __call__(self, model: Transformer, step: int) -> Evaluation:
         """heldout/loss (nats a token), heldout/perplexity, heldout/bits_per_byte."""

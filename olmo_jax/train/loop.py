@@ -4,47 +4,44 @@ The host's part of training. What a step computes is step.py's; what a checkpoin
 """
 
 import errno
-import json
 import logging
-import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
+from rich.console import Console
 
-from olmo_jax.checkpoint import Checkpointer, RunFolder, find_checkpoint
-from olmo_jax.convert.average import refuse_other_model
-from olmo_jax.convert.load import load_sharded
-from olmo_jax.convert.source import saved_model
+from olmo_jax.checkpoint import Checkpointer, RunFolder
 from olmo_jax.data import open_dataset
+from olmo_jax.data.batch import Batch
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
-from olmo_jax.data.tokenizer import load_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.files import is_disk_full, write_error
-from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
+from olmo_jax.model.transformer import Transformer, abstract_model, bind
 from olmo_jax.ops.kernels import pick_kernels
-from olmo_jax.parallel.environment import environment
 from olmo_jax.parallel.mesh import build_mesh
-from olmo_jax.parallel.sharding import batch_parts, to_global
-from olmo_jax.storage import location
+from olmo_jax.parallel.processes import is_first
+from olmo_jax.parallel.sharding import local_rows, to_global
+from olmo_jax.parallel.watch import Watch, the_watch
+from olmo_jax.parallel.xla_flags import set_flags
+from olmo_jax.storage import is_remote, location
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
-from olmo_jax.train.flops import flops_per_token, mfu
-from olmo_jax.train.metrics import MetricsWriter
+from olmo_jax.train.metrics import MetricsWriter, NoMetrics
 from olmo_jax.train.plan import Plan
+from olmo_jax.train.profile import Profile
 from olmo_jax.train.progress import Progress
 from olmo_jax.train.resume import refuse_changes, refuse_gap
+from olmo_jax.train.start import check_mesh, initial_state, read_tokenizer, write_facts
 from olmo_jax.train.step import Trainer, TrainState
+from olmo_jax.train.step_log import StepLog
 
 STATUS_DONE, STATUS_PREEMPTED = 0, 75
 
@@ -56,16 +53,26 @@ def train(
     gin_text: str,
     evaluators: Sequence[Evaluator] = (),
     at_end: Callable[[], None] = lambda: None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> int:
     """Trains to the plan's end (status 0) or until SIGTERM (saved, status 75).
 
     Resumes from the run folder's newest complete checkpoint. gin_text is `run` as gin, kept with
     the run. `at_end` is called when the run ends, however it does, unless it was refused at its
-    start. Raises UserError for anything that a person can mend, before a device is used where
-    possible.
+    start. The steps from profile_steps[0] to profile_steps[1] (the first is step 1) are profiled
+    into the run folder.
+
+    With several processes (`parallel.processes.initialize`) all of them call this; the first alone
+    logs, prints and calls `at_end`, and an error in one ends them all. Raises UserError for
+    anything that a person can mend, before a device is used where possible.
     """
+    with _watched() as watch:
+        return _train(run, gin_text, evaluators, at_end, profile_steps, watch)
+
+
+def _train(run, gin_text, evaluators, at_end, profile_steps, watch: Watch) -> int:
     try:
-        return _Loop(run, gin_text, evaluators).run_to_end(at_end)
+        return _Loop(run, gin_text, evaluators, profile_steps, watch).run_to_end(at_end)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -74,58 +81,70 @@ def train(
         raise UserError(" ".join(str(error).split())) from error
 
 
+@contextmanager
+def _watched() -> Iterator[Watch]:
+    """The watch over this process and the others, who are told of an error here."""
+    several = the_watch()
+    watch = several or Watch()
+    if several is None:
+        watch.start()
+    try:
+        yield watch
+    except BaseException as error:
+        watch.fail(error)
+        raise
+    finally:
+        watch.finished()
+        if several is None:
+            watch.close_together(failed=False)
+
+
 class _Loop:
-    def __init__(self, run: RunConfig, gin_text: str, evaluators: Sequence[Evaluator]):
-        self.run = run
+    def __init__(
+        self,
+        run: RunConfig,
+        gin_text: str,
+        evaluators: Sequence[Evaluator],
+        profile_steps: tuple[int, int] | None,
+        watch: Watch,
+    ):
+        self.run, self.watch = run, watch
+        self.first_process = is_first()
         self.folder = RunFolder(run.train.run_dir)
-        self.tokenizer, tokenizer_file = _read_tokenizer(run.train.tokenizer)
+        self.tokenizer, tokenizer_file = read_tokenizer(run.train.tokenizer)
         self.plan = Plan(run)
         self.dataset: DataSet | None = None  # a plan of no steps (a soup) needs none
         if self.plan.steps:
             self.dataset = open_dataset(run.data, run.model.vocab_size)
         self.fingerprint = self.dataset.fingerprint if self.dataset else ""
-        if run.train.deterministic:  # read when the first device is touched, by the next line
-            os.environ["XLA_FLAGS"] = (
-                os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-            )
+        # Read when the first device is touched, by the next line.
+        for note in set_flags(run.train.xla_flags, run.train.deterministic):
+            log.warning("%s", note)
         self.mesh: Mesh = build_mesh(run.mesh)
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and the_watch() is None:
             raise UserError(
-                f"this is one of {jax.process_count()} processes, and this version trains with "
-                "one, on all devices of its host: start one"
+                f"this is one of {jax.process_count()} processes that were not started by "
+                "olmo_jax.parallel.processes.initialize(): call that in place of "
+                "jax.distributed.initialize()"
             )
-        self._check_mesh()
+        check_mesh(run, self.plan, self.mesh)
         kernels = pick_kernels(self.mesh.devices.flat[0].platform)
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size
         )
         self.evaluators = [*self._heldout(), *evaluators]
-        self.folder.open_for_writing()
+        if self.first_process:
+            self.folder.open_for_writing()
         files = {"config.gin": gin_text.encode()} | tokenizer_file
         self.checkpointer = Checkpointer(self.folder.checkpoints, run.checkpoint, files)
         self.files = files
-        self.stop_signal: int | None = None
-
-    def _check_mesh(self) -> None:
-        shards, experts = self.mesh.shape["expert"], self.run.model.n_experts
-        if shards > 1 and (not experts or experts % shards):
+        if profile_steps and is_remote(self.folder.path):
             raise UserError(
-                f"Mesh.expert = {shards}: the model has {experts} experts; give a divisor of their "
-                "number, or 1"
+                f"--profile_steps: a profile cannot be written to {self.folder.path}; profile "
+                "a run whose Train.run_dir is a local folder"
             )
-        parts, micro = batch_parts(self.mesh), self.run.train.micro_batch_size
-        for size in self.plan.batch_sizes:
-            if size % parts:
-                raise UserError(
-                    f"Data.batch_size = {size} does not divide over the mesh's {parts} batch parts "
-                    f"(slice x data x fsdp): give a multiple of {parts}, or another mesh"
-                )
-            if micro and (size % micro or micro % parts):
-                raise UserError(
-                    f"Train.micro_batch_size = {micro} must divide Data.batch_size = {size} and be "
-                    f"a multiple of the mesh's {parts} batch parts"
-                )
+        self.profile = Profile(profile_steps, self.folder.path / "profile", self.first_process)
 
     def _heldout(self) -> list[Evaluator]:
         run = self.run
@@ -145,57 +164,15 @@ class _Loop:
             )
         ]
 
-    def _write_facts(self) -> None:
-        """The files that explain the run to a reader; whole, and again at every start (once it is
-        sure that the run may go on)."""
-        for name, kept_file in self.files.items():
-            self.folder.write_bytes(self.folder.path / name, kept_file)
-        sources = self.dataset.table() if self.dataset else []
-        data: dict[str, Any] = {"sources": sources, "fingerprint": self.fingerprint}
-        try:
-            # What `olmo-jax report` puts there stays.
-            data["baselines"] = json.loads(self.folder.data_json.read_text())["baselines"]
-        except (FileNotFoundError, KeyError):
-            pass
-        except (ValueError, TypeError):
-            log.warning("%s was damaged and is written anew", self.folder.data_json)
-        heldout = [h.table() for h in self.evaluators if isinstance(h, HeldOut)]
-        data |= {"heldout": heldout[0] if heldout else []}
-        for path, content in (
-            (self.folder.config_json, self.run.as_json()),
-            (self.folder.environment_json, environment()),
-            (self.folder.data_json, data),
-        ):
-            self.folder.write_text(path, json.dumps(content, indent=2) + "\n")
-
     def _restore(self) -> tuple[TrainState, int]:
         """The state to go on from, and the number of steps it has finished."""
         latest = self.checkpointer.latest()
         if latest is None:
-            return self._initial_state(), 0
+            return initial_state(self.run, self.trainer), 0
         saved = self.checkpointer.metadata(latest)
         refuse_changes(self.run.as_json(), self.fingerprint, saved, self.folder.path)
         refuse_gap(self.run.data, latest + self.run.train.data_from_step, saved)
         return self.checkpointer.restore(latest, self.trainer.abstract_state), latest
-
-    def _initial_state(self) -> TrainState:
-        run = self.run
-        if not run.train.init_from:
-            kernels = self.model.kernels
-            return self.trainer.init_state(
-                lambda: parameters(Transformer(run.model, run.train.seed, kernels))
-            )
-        sources = run.train.init_from
-        found = find_checkpoint(sources[0]) if len(sources) == 1 else None
-        if found and found[0].has_train_state(found[1]):  # it comes along
-            reader, step = found
-            saved = saved_model(reader.metadata(step), reader.path(step))
-            refuse_other_model(saved, run.model, reader.path(step))
-            state = reader.restore(step, self.trainer.abstract_state)
-            zero = jax.device_put(np.int32(0), self.trainer.shardings.step)
-            return state._replace(step=zero, skip=self.trainer.empty_skip_state())
-        params = load_sharded(sources, run.model, self.trainer.shardings.params)
-        return self.trainer.init_state(params)
 
     def run_to_end(self, at_end: Callable[[], None]) -> int:
         plan, train = self.plan, self.run.train
@@ -203,13 +180,17 @@ class _Loop:
         with ExitStack() as stack:
             stack.callback(self.checkpointer.close)
             state, first = self._restore()
-            self._write_facts()
-            stack.callback(at_end)
-            self.writer = stack.enter_context(
-                MetricsWriter(self.folder.path, train.tensorboard, train.wandb, first)
-            )
-            stack.enter_context(_on_signals(self._request_stop))
-            self.progress = stack.enter_context(Progress(end, first))
+            if self.first_process:
+                write_facts(self.run, self.folder, self.files, self.dataset, self.evaluators)
+                stack.callback(at_end)
+                self.writer = MetricsWriter(self.folder.path, train.tensorboard, train.wandb, first)
+                console = None
+            else:
+                self.writer, console = NoMetrics(), Console(quiet=True)
+            stack.enter_context(self.writer)
+            stack.enter_context(_on_signals(self.watch.request_stop))
+            self.progress = stack.enter_context(Progress(end, first, console))
+            stack.enter_context(self.profile)
             message = self.progress.message
             if first:
                 message(f"resuming {self.folder.path} from step {first}")
@@ -228,27 +209,39 @@ class _Loop:
         """Dispatches each step before it fetches the metrics of the one before."""
         assert self.dataset is not None
         ahead = self.run.train.data_from_step
-        batches = load_batches(self.dataset, first + ahead, end + ahead)
+        rows = {size: local_rows(self.mesh, size) for size in self.plan.batch_sizes}
+        batches = load_batches(self.dataset, first + ahead, end + ahead, rows)
         if self.checkpointer.should_save(0) and first == 0:
             self._save(0, state)
-        log = _StepLog(self, first)
+        log = StepLog(self.run, self.plan, self.mesh, self.writer, self.progress, first)
+        self.watch.begin(first, self.run.train.hang_minutes)
+        compiled: set[int] = set()
         for step in range(first, end):
             waiting = time.perf_counter()
-            at, batch = next(batches)
+            with nullcontext() if compiled else self.watch.paused():  # an index may be built
+                at, batch = next(batches)
             assert at == step + ahead, (at, step)
             waited = time.perf_counter() - waiting
             rate, clip = self.plan.learning_rate(step), self.plan.clip_norm(step)
-            state, metrics = self.trainer.step(state, self._device_batch(batch), rate, clip)
-            log.dispatched(step, metrics, batch, rate, waited)
+            self.profile.before(step + 1)
+            ids_B, size = batch.instance_ids_B, self.dataset.batch_size(at)
+            assert ids_B is not None
+            with nullcontext() if size in compiled else self.watch.paused():
+                inputs = self._on_devices(batch, size)
+                state, metrics = self.trainer.step(state, inputs, rate, clip)
+            compiled.add(size)
+            log.dispatched(step, metrics, ids_B, rate, waited)
+            self.profile.after(step + 1, log.fetch, self.progress.message)
             self.checkpointer.check()
             if self._leave_after(step + 1, end, state, log):
                 return STATUS_PREEMPTED
+        self.watch.finished()
         self.checkpointer.wait()
         return STATUS_DONE
 
-    def _leave_after(self, done: int, end: int, state: TrainState, log: "_StepLog") -> bool:
+    def _leave_after(self, done: int, end: int, state: TrainState, log: StepLog) -> bool:
         """After `done` steps: evaluates and saves where that is due; whether to leave early."""
-        train, last, stopping = self.run.train, done == end, self.stop_signal is not None
+        train, last, stopping = self.run.train, done == end, self.watch.step(done)
         evaluate = last or done % (train.heldout_every or end) == 0
         save = last or self.checkpointer.should_save(done)
         if not (evaluate or save or stopping or log.failing):
@@ -258,13 +251,14 @@ class _Loop:
             self._stop_nonfinite(state, log)
         if evaluate:
             try:
-                self._evaluate(state, done)
+                with self.watch.paused():
+                    self._evaluate(state, done)
             except Exception:  # the next start is not to repeat the steps up to here
                 self._save_last_good(state, log)
                 raise
         if stopping and not last:
             good = self._save_last_good(state, log)
-            name = signal.Signals(self.stop_signal or 0).name
+            name = signal.Signals(self.watch.signal or 0).name
             self.progress.message(
                 f"{name}: saved step {good}, leaving with status {STATUS_PREEMPTED}; the same "
                 "command goes on from there"
@@ -275,12 +269,12 @@ class _Loop:
         log.restart_clock()
         return False
 
-    def _device_batch(self, batch):
+    def _on_devices(self, batch: Batch, size: int) -> Batch:
         """The batch on the devices, without what the model does not need to look at."""
         needs_segments = self.run.data.document_masking or self.run.data.instances == "packed"
         if not needs_segments:
             batch = batch._replace(segment_ids_BT=None, positions_BT=None)
-        return to_global(self.mesh, batch._replace(instance_ids_B=None))
+        return to_global(self.mesh, batch._replace(instance_ids_B=None), size)
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         model = bind(self.model, state.params)
@@ -306,7 +300,7 @@ class _Loop:
         end = step == self.plan.steps or step == self.run.train.stop_at
         self.checkpointer.save(step, state, metadata, permanent=end or None)
 
-    def _save_last_good(self, state: TrainState, log: "_StepLog") -> int:
+    def _save_last_good(self, state: TrainState, log: StepLog) -> int:
         """Saves the state under the last step that was finite, and returns that step; the ones
         after it have changed nothing but the state's count."""
         good = log.last_finite
@@ -315,7 +309,7 @@ class _Loop:
         self.checkpointer.wait()
         return good
 
-    def _stop_nonfinite(self, state: TrainState, log: "_StepLog") -> None:
+    def _stop_nonfinite(self, state: TrainState, log: StepLog) -> None:
         """Saves the last good state under its own step, and raises."""
         good = self._save_last_good(state, log)
         n = self.plan.first_n(good)
@@ -325,80 +319,6 @@ class _Loop:
             f"step {good}. Look at them with `olmo-jax data inspect {self.folder.path} {n}` "
             "and on, then lower Optimizer.learning_rate or mend the data, and fork"
         )
-
-    def _request_stop(self, number: int) -> None:
-        self.stop_signal = number
-
-
-class _StepLog:
-    """Fetches each step's metrics one step late, and turns them into rows.
-
-    On CPU at once: there a dispatch returns when the step is done (parallel/runtime.py).
-    """
-
-    def __init__(self, loop: _Loop, first: int):
-        self.plan, self.writer, self.progress = loop.plan, loop.writer, loop.progress
-        T = loop.run.data.sequence_length
-        self.flops = flops_per_token(loop.run.model, T)
-        self.devices = loop.mesh.devices
-        self.pending: tuple | None = None
-        self.failing = 0
-        self.failing_ids: list[int] = []
-        self.last_finite = first
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves out of the next step's time what came before now."""
-        self.before = time.perf_counter()
-
-    def dispatched(self, step: int, metrics, batch, rate: float, waited: float) -> None:
-        self.fetch()
-        self.pending = (step, metrics, batch.instance_ids_B, rate, waited)
-        if self.devices.flat[0].platform == "cpu":
-            self.fetch()
-
-    def fetch(self) -> None:
-        if self.pending is None:
-            return
-        (step, device_metrics, ids, rate, waited), self.pending = self.pending, None
-        metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
-        now = time.perf_counter()
-        seconds, self.before = now - self.before, now
-        done = step + 1
-        tokens = self.plan.tokens_after(done) - self.plan.tokens_after(step)
-        row = {
-            "step": done,
-            "tokens": self.plan.tokens_after(done),
-            "time": time.time(),
-            **metrics,
-            "perplexity": math.exp(min(metrics["loss"], 700.0)),
-            "learning_rate": rate,
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "data_wait_share": min(1.0, waited / seconds),
-        }
-        share = mfu(
-            tokens / seconds, self.flops, self.devices.flat[0].device_kind, self.devices.size
-        )
-        if share is not None:
-            row["mfu"] = share
-        self.writer.write(row)
-        self.writer.write_instances(done, ids)
-        self.progress.update(done, row)
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-            self.failing, self.failing_ids, self.last_finite = 0, [], done
-        else:
-            self.failing += 1
-            self.failing_ids += [int(i) for i in ids if len(self.failing_ids) < 8]
-
-
-def _read_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes]]:
-    """The run's tokenizer, and its file to be kept with each checkpoint."""
-    if path is None:
-        return None, {}
-    tokenizer = load_tokenizer(path)
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    return tokenizer, {"tokenizer.json": file.read_bytes()}
 
 
 @contextmanager

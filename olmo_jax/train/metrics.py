@@ -161,6 +161,28 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics(MetricsWriter):
+    """In the place of a MetricsWriter in every process but the first: writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def write_instances(self, step: int, instance_ids: Iterable[int]) -> None:
+        pass
+
+    def write_sample(self, step: int, prompt: str, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _number(value: Any) -> int | float | None:
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):

@@ -27,6 +27,8 @@ _MAY_CHANGE = {
         "tensorboard",
         "wandb",
         "nonfinite_steps",
+        "hang_minutes",
+        "xla_flags",
         "tokenizer",
     ),
 }

@@ -8,11 +8,8 @@ import json
 import logging
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -196,34 +193,15 @@ def test_weights_that_mean_something_else_are_refused(config, tmp_path):
         run(other)
 
 
-def test_one_of_several_processes_is_refused(config, tmp_path):
-    config = change(config, data={"workers": 0})
-    (tmp_path / "run.json").write_text(json.dumps(asdict(config)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = """
-import json, sys, jax
-from olmo_jax.errors import UserError
-from olmo_jax.train.config import RunConfig
-from olmo_jax.train.loop import train
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", 2, int(sys.argv[2]))
-values = json.load(open(sys.argv[1]))
-try:
-    train(RunConfig.from_json({name.capitalize(): part for name, part in values.items()}), "")
-except UserError as error:
-    print(error)
-"""
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "run.json"), str(rank), str(port)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for process in both:
-        out, errors = process.communicate(timeout=120)
-        assert "one of 2 processes" in out, errors
+def test_a_profile_of_some_steps_is_written(config):
+    assert run(config, profile_steps=(2, 3)) == STATUS_DONE
+    folder = Path(config.train.run_dir) / "profile"
+    assert list(folder.glob("plugins/profile/*/*.xplane.pb"))  # TensorBoard, XProf
+    assert list(folder.glob("plugins/profile/*/perfetto_trace.json.gz"))
+
+
+def test_a_flag_that_the_compiler_does_not_know_is_told_in_one_line(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_nonsense=1")
+    with pytest.raises(UserError, match="does not know --xla_nonsense=1"):
+        run(config)
     assert not Path(config.train.run_dir).exists()

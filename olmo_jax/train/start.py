@@ -1,0 +1,115 @@
+"""How a run starts: what its mesh must divide, its first state, and the files that explain it.
+
+Going on from a checkpoint is resume.py's and checkpoint/'s.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from olmo_jax.checkpoint import RunFolder, find_checkpoint
+from olmo_jax.convert.average import refuse_other_model
+from olmo_jax.convert.load import load_sharded
+from olmo_jax.convert.source import saved_model
+from olmo_jax.data.dataset import DataSet
+from olmo_jax.data.tokenizer import load_tokenizer
+from olmo_jax.errors import UserError
+from olmo_jax.model.transformer import Transformer, parameters
+from olmo_jax.parallel.environment import environment
+from olmo_jax.parallel.sharding import batch_parts
+from olmo_jax.train.config import RunConfig
+from olmo_jax.train.evaluate import Evaluator, HeldOut
+from olmo_jax.train.plan import Plan
+from olmo_jax.train.step import Trainer, TrainState
+
+log = logging.getLogger("olmo_jax.train")
+
+
+def check_mesh(run: RunConfig, plan: Plan, mesh: Mesh) -> None:
+    """UserError when the model or a batch does not divide over the mesh."""
+    shards, experts = mesh.shape["expert"], run.model.n_experts
+    if shards > 1 and (not experts or experts % shards):
+        raise UserError(
+            f"Mesh.expert = {shards}: the model has {experts} experts; give a divisor of their "
+            "number, or 1"
+        )
+    parts, micro = batch_parts(mesh), run.train.micro_batch_size
+    for size in plan.batch_sizes:
+        if size % parts:
+            raise UserError(
+                f"Data.batch_size = {size} does not divide over the mesh's {parts} batch parts "
+                f"(slice x data x fsdp): give a multiple of {parts}, or another mesh"
+            )
+        if micro and (size % micro or micro % parts):
+            raise UserError(
+                f"Train.micro_batch_size = {micro} must divide Data.batch_size = {size} and be "
+                f"a multiple of the mesh's {parts} batch parts"
+            )
+
+
+def initial_state(run: RunConfig, trainer: Trainer) -> TrainState:
+    """The state before the first step: random weights, or those of Train.init_from."""
+    if not run.train.init_from:
+        kernels = trainer.model.kernels
+        return trainer.init_state(
+            lambda: parameters(Transformer(run.model, run.train.seed, kernels))
+        )
+    sources = run.train.init_from
+    found = find_checkpoint(sources[0]) if len(sources) == 1 else None
+    if found and found[0].has_train_state(found[1]):  # it comes along
+        reader, step = found
+        saved = saved_model(reader.metadata(step), reader.path(step))
+        refuse_other_model(saved, run.model, reader.path(step))
+        state = reader.restore(step, trainer.abstract_state)
+        zero = jax.device_put(np.int32(0), trainer.shardings.step)
+        return state._replace(step=zero, skip=trainer.empty_skip_state())
+    params = load_sharded(sources, run.model, trainer.shardings.params)
+    return trainer.init_state(params)
+
+
+def write_facts(
+    run: RunConfig,
+    folder: RunFolder,
+    files: Mapping[str, bytes],
+    dataset: DataSet | None,
+    evaluators: Iterable[Evaluator],
+) -> None:
+    """The files that explain the run to a reader; whole, and again at every start (once it is
+    sure that the run may go on)."""
+    for name, kept_file in files.items():
+        folder.write_bytes(folder.path / name, kept_file)
+    data: dict[str, Any] = {
+        "sources": dataset.table() if dataset else [],
+        "fingerprint": dataset.fingerprint if dataset else "",
+    }
+    try:
+        # What `olmo-jax report` puts there stays.
+        data["baselines"] = json.loads(folder.data_json.read_text())["baselines"]
+    except (FileNotFoundError, KeyError):
+        pass
+    except (ValueError, TypeError):
+        log.warning("%s was damaged and is written anew", folder.data_json)
+    heldout = [h.table() for h in evaluators if isinstance(h, HeldOut)]
+    data |= {"heldout": heldout[0] if heldout else []}
+    for path, content in (
+        (folder.config_json, run.as_json()),
+        (folder.environment_json, environment()),
+        (folder.data_json, data),
+    ):
+        folder.write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes]]:
+    """The run's tokenizer, and its file to be kept with each checkpoint."""
+    if path is None:
+        return None, {}
+    tokenizer = load_tokenizer(path)
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    return tokenizer, {"tokenizer.json": file.read_bytes()}
