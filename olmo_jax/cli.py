@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data
+from olmo_jax import cli_data, cli_plan
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
@@ -36,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(cli_data.app, name="data")
+app.command(context_settings=GIN)(cli_plan.plan)
 
 
 def main() -> None:

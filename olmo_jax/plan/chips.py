@@ -54,14 +54,14 @@ class Chip:
         return self.memory * self.usable / self.devices
 
 
-# TPU numbers: the "system architecture" page of each version in Google Cloud's TPU documentation
-# (memory, HBM bandwidth, "bidirectional inter-chip interconnect bandwidth per chip", halved here; v4:
-# six links of 50 GB/s each way).
+# TPU numbers: the "system architecture" page of each version in Google Cloud's TPU documentation:
+# memory, HBM bandwidth, "bidirectional inter-chip interconnect bandwidth per chip", halved here
+# (v4: six links of 50 GB/s each way).
 # GPU numbers: NVIDIA's data sheets of the SXM form (NVLink bidirectional, halved here), and one
 # 400 Gbit/s (A100: 200) network port for each GPU, as in a DGX.
 #
-# outside, TPU: "data center network bandwidth per chip" of the same pages (v5p 50, v6e and TPU7x 100
-# Gbit/s; v5e: 6.4 Tbit/s over a pod's 256 chips; v4: as v5p).
+# outside, TPU: "data center network bandwidth per chip" of the same pages (v5p 50, v6e and TPU7x
+# 100 Gbit/s; v5e: 6.4 Tbit/s over a pod's 256 chips; v4: as v5p).
 #
 # watts: GPU: the sheet's maximum. TPU: Google publishes none for a chip after v4; v4's mean is
 # measured in Jouppi et al. 2023 (table 4: 192 W maximum). The others are estimates, and say so.
