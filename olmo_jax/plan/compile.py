@@ -83,7 +83,8 @@ def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Prog
     state, batch = trainer.abstract_state, abstract_batch(run, mesh)
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
     start = time.perf_counter()
-    traced = trainer.step.trace(state, batch, scalar, scalar)
+    step: Any = trainer.step
+    traced = step.trace(state, batch, scalar, scalar)
     work = count(traced.jaxpr)
     lowered = traced.lower(lowering_platforms=(target.platform,))
     known = Memory(

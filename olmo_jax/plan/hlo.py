@@ -161,8 +161,8 @@ def _closing(text: str, start: int) -> int:
 def _shapes(text: str) -> Iterator[Shape]:
     for dtype, sizes, layout in _SHAPE.findall(text):
         numbers = tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n)
-        space = re.search(r"S\((\d+)\)", layout)
-        yield Shape(dtype, numbers, bool(space) and space[1] != "0")
+        elsewhere = re.search(r"S\([1-9]", layout) is not None
+        yield Shape(dtype, numbers, elsewhere)
 
 
 def _attribute(rest: str, name: str) -> str | None:
@@ -215,7 +215,7 @@ class _Reader:
             inner, condition = _attribute(i.rest, "body"), _attribute(i.rest, "condition")
             self.run(inner or "", times * self._trips(i, condition or "", body), fused)
         elif i.op in ("fusion", "async-start", "call"):
-            called = _attribute(i.rest, "calls") or _attribute(i.rest, "to_apply")
+            called = _attribute(i.rest, "calls") or _attribute(i.rest, "to_apply") or ""
             if called in self.computations:
                 self.run(called, times, fused or i.op != "call")
         elif i.op == "conditional":

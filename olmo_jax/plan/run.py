@@ -3,9 +3,12 @@
 A Request is plain data, so that other processes can carry it out.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args, get_type_hints
 
 from olmo_jax.errors import UserError
+from olmo_jax.model.config import ModelConfig
+from olmo_jax.parallel.mesh import AXES, MeshConfig
 from olmo_jax.plan.roofline import GRID_GCO2_PER_KWH, PUE, Outlook
 from olmo_jax.plan.targets import parse_target
 from olmo_jax.train.config import RunConfig
@@ -46,34 +49,35 @@ def carry_out(request: Request) -> Outlook:
 def changed(request: Request) -> RunConfig:
     """The configuration with the request's changes."""
     run = request.run
+    slices = parse_target(request.target).slices
     if request.mesh is not None:
-        run = replace(run, mesh=_mesh(run, request.mesh))
+        run = replace(run, mesh=_mesh(run.mesh, request.mesh))
+    if run.mesh.slice == 1 and slices > 1:
+        run = replace(run, mesh=replace(run.mesh, slice=slices))
     if request.batch is not None:
         run = replace(run, data=replace(run.data, batch_size=request.batch, batch_size_schedule=()))
     if request.micro is not None:
         run = replace(run, train=replace(run.train, micro_batch_size=request.micro or None))
     if request.remat is not None:
-        try:
-            run = replace(run, model=replace(run.model, remat=request.remat))
-        except ValueError as error:
-            allowed = type(run.model).__annotations__["remat"]
-            raise UserError(f"--remat={request.remat}: give one of {allowed}") from error
+        policies = get_args(get_type_hints(ModelConfig)["remat"])
+        if request.remat not in policies:
+            raise UserError(f"--remat={request.remat}: give one of {', '.join(policies)}")
+        run = replace(run, model=replace(run.model, remat=cast(Any, request.remat)))
     return run
 
 
-def _mesh(run: RunConfig, text: str):
+def _mesh(mesh: MeshConfig, text: str) -> MeshConfig:
     """fsdp=64,tensor=4: those axes, the others 1 (fsdp takes the rest where it is not named and
     none is -1)."""
-    known = [f.name for f in fields(run.mesh)]
-    sizes: dict[str, int | str] = {}
+    ones: dict[str, Any] = {axis: 1 for axis in AXES}
+    sizes: dict[str, Any] = {}
     for part in text.split(","):
-        axis, equals, size = part.strip().partition("=")
-        if axis not in known or not equals:
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or not size.lstrip("-").isdigit():
             raise UserError(
-                f"--mesh={text}: {part!r} is not AXIS=N; axes: {', '.join(known)} "
+                f"--mesh={text}: {part!r} is not AXIS=N; axes: {', '.join(AXES)} "
                 "(such as fsdp=64 or data=4,fsdp=16)"
             )
-        sizes[axis] = int(size) if size.lstrip("-").isdigit() else size
-    ones = {axis: 1 for axis in known if isinstance(asdict(run.mesh)[axis], int)}
+        sizes[axis] = int(size)
     rest = {} if "fsdp" in sizes or -1 in sizes.values() else {"fsdp": -1}
-    return type(run.mesh)(**{**ones, **rest, **sizes})
+    return replace(mesh, **{**ones, **rest, **sizes})

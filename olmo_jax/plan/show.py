@@ -24,9 +24,9 @@ def rows(outlook: Outlook) -> dict[str, str]:
         "remat, attention": f"{o.remat}, {o.kernels['attention']}",
         "parameters": count_text(o.parameters),
     }
-    for use, size in o.memory.items():
-        if size:
-            out[f"  {use} a device"] = gib(size)
+    for use, n in o.memory.items():
+        if n:
+            out[f"  {use} a device"] = gib(n)
     left = o.memory_there - o.memory_needed
     out["memory a device"] = f"{gib(o.memory_needed)} of {gib(o.memory_there)}"
     out["fits"] = f"yes, {gib(left)} to spare" if o.fits else f"NO, {gib(-left)} too much"
