@@ -123,7 +123,9 @@ def _evaluated(eqn: Any, values: list) -> Any:
 
 
 def _scan(eqn, values, times, total):
-    n = eqn.params["num_consts"]
+    n = eqn.params.get("num_consts")
+    if n is None:  # from jax 0.11 on: (constants, carry, slices), None for each array
+        n = len(jax.tree.leaves(eqn.params["ft_in"][0], is_leaf=lambda a: a is None))
     inner = eqn.params["jaxpr"]
     values = values[:n] + [None] * (len(inner.jaxpr.invars) - n)
     _enter(inner, values, times * eqn.params["length"], total)
