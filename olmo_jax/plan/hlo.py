@@ -341,24 +341,31 @@ def replica_group(rest: str, devices: int) -> tuple[int, ...]:
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         ids = ids.transpose(order) if order else ids
         return tuple(ids.reshape(groups)[0].tolist())
-    named = re.search(r"replica_groups=@?\w*mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    named = re.search(r"mesh\w*\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest.partition("replica_groups=")[2])
     if named:
-        return _named_group(named[1], named[2])
+        return _named_group(*named.groups())
     return tuple(range(devices))
 
 
-def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
+def _named_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
     """A group of mesh['a'=4,'b'=2] {'a'}; an axis may be a part of one, 'a':(2)2: from the second
-    factor on, two."""
+    factor on, two. device_ids=([2,4]T(1,0)), or a plain list, is the order of the devices."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", mesh)}
-    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    ids = np.arange(math.prod(sizes.values()))
+    iota = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    listed = re.search(r"device_ids=\(([\d,]+)\)", order)
+    if iota:
+        ids = ids.reshape([int(n) for n in iota[1].split(",")])
+        ids = ids.transpose([int(n) for n in iota[2].split(",")]) if iota[2] else ids
+    elif listed:
+        ids = np.array([int(n) for n in listed[1].split(",")])
+    ids = ids.reshape(tuple(sizes.values()))
     chosen = {name: (before, size) for name, before, size in _axis_parts(axes)}
     index: list[Any] = []
     for name, n in sizes.items():
-        before, size = chosen.get(name, (1, 1)) if name in chosen else (1, 1)
-        size = n if name in chosen and size == 0 else size
-        after = n // (before * size)
-        index.append(np.arange(size) * after)
+        before, size = chosen.get(name, (1, 1))
+        size = size or n  # the whole axis
+        index.append(np.arange(size) * (n // (before * size)))
     return tuple(ids[np.ix_(*index)].reshape(-1).tolist())
 
 
