@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, seed: int = 0, kernels: Kernels | None = None):
         self.config = config
-        self.kernels = kernels or pick_kernels(jax.default_backend())
+        self.kernels = kernels or kernels_for(config, jax.devices()[0])
         init = Initializer(seed, truncated=config.init in ("normal", "mitchell"))
         d, std = config.d_model, input_std(config)
         embed_std = config.embedding_init_std or std
@@ -163,6 +163,17 @@ def _unstacked(weights, size: int) -> list:
     leaves, structure = jax.tree.flatten(weights)
     parts = [jax.lax.split(a, [size] * (a.shape[0] // size)) for a in leaves]
     return [jax.tree.unflatten(structure, group) for group in zip(*parts, strict=True)]
+
+
+def kernels_for(config: ModelConfig, device) -> Kernels:
+    """The forms of the operations for this model on such a device, which need not be here."""
+    return pick_kernels(
+        device.platform,
+        device.device_kind,
+        head_width=config.head_width,
+        alibi=config.position == "alibi",
+        compute_dtype=config.compute_dtype,
+    )
 
 
 def init(model: str | ModelConfig, seed: int = 0, kernels: Kernels | None = None) -> Transformer:

@@ -1,4 +1,4 @@
-"""The forms of attention: each a module with two functions on the arrays of one device.
+"""The forms of attention: each two functions on the arrays of one device.
 
     forward(q_BTHC, k_BSKC, v_BSKC, mask) -> (out_BTHC, log_sum_BTH)
     backward(q, k, v, mask, out, log_sum, d_out) -> (dq, dk, dv)
@@ -14,12 +14,20 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.ops import attention_blocked
+from olmo_jax.ops.attention_gpu import Cudnn
 from olmo_jax.ops.attention_mask import AttentionMask
 from olmo_jax.ops.kernels import Kernels
 
 
 def form_of(kernels: Kernels) -> Any:
-    """The chosen form's module; "reference" has no such functions, and is met by "blocked"."""
+    """The chosen form's module or object; "reference" has none, and is met by "blocked"."""
+    if kernels.attention == "splash":
+        from olmo_jax.ops.attention_tpu import Splash  # here: Pallas is slow to import
+
+        assert kernels.splash is not None
+        return Splash(kernels.splash)
+    if kernels.attention.startswith("cudnn"):
+        return Cudnn(packed=kernels.attention == "cudnn")
     return attention_blocked
 
 

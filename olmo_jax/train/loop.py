@@ -31,8 +31,13 @@ from olmo_jax.data.loader import load_batches
 from olmo_jax.data.tokenizer import load_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.files import is_disk_full, write_error
-from olmo_jax.model.transformer import Transformer, abstract_model, bind, parameters
-from olmo_jax.ops.kernels import pick_kernels
+from olmo_jax.model.transformer import (
+    Transformer,
+    abstract_model,
+    bind,
+    kernels_for,
+    parameters,
+)
 from olmo_jax.parallel.environment import environment
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.sharding import batch_parts, to_global
@@ -94,7 +99,7 @@ class _Loop:
                 "one, on all devices of its host: start one"
             )
         self._check_mesh()
-        kernels = pick_kernels(self.mesh.devices.flat[0].platform)
+        kernels = kernels_for(run.model, self.mesh.devices.flat[0])
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size
