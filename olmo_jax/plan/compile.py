@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from olmo_jax.data.batch import Batch
 from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes
-from olmo_jax.model.transformer import abstract_model
-from olmo_jax.ops.kernels import Kernels, pick_kernels
+from olmo_jax.model.transformer import abstract_model, kernels_for
+from olmo_jax.ops.kernels import Kernels
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.sharding import batch_parts, batch_sharding, replicated
 from olmo_jax.plan import hlo
@@ -76,7 +76,7 @@ def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Prog
     compiled before, the same program with the same versions, is read from the cache.
     """
     mesh = build_mesh(run.mesh, target_devices(target))
-    kernels = pick_kernels(target.platform)
+    kernels = kernels_for(run.model, mesh.devices.flat[0])
     refuse_unfit_batch(run, batch_parts(mesh))
     model = abstract_model(run.model, kernels)
     trainer = Trainer(model, run.optimizer, mesh, run.train.z_loss, run.train.micro_batch_size)

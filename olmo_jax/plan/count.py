@@ -52,8 +52,9 @@ def count(jaxpr: Any) -> Count:
 # one: a small array that says which blocks the kernel visits.
 
 
-def _walk(jaxpr: Any, consts: list, arguments: list, times: float, total: Count) -> None:
-    """Adds `times` runs of a jaxpr to the total. `arguments`: known values, None for the others."""
+def _walk(jaxpr: Any, consts: list, arguments: list, times: float, total: Count) -> list:
+    """Adds `times` runs of a jaxpr to the total. Known values of arguments, and of what is
+    returned; None for the others."""
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
@@ -71,17 +72,20 @@ def _walk(jaxpr: Any, consts: list, arguments: list, times: float, total: Count)
                 known[eqn.outvars[0]] = out
         else:
             for inner in _inner_jaxprs(eqn.params):
-                _enter(inner, values, times, total)
+                out = _enter(inner, values, times, total)
+                if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+                    known |= dict(zip(eqn.outvars, out, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
 
 
-def _enter(inner: Any, values: list, times: float, total: Count) -> None:
+def _enter(inner: Any, values: list, times: float, total: Count) -> list:
     """Walks a jaxpr of a call whose arguments are, where their number says so, the call's own."""
     closed = inner if hasattr(inner, "consts") else None
     body = closed.jaxpr if closed else inner
     consts = list(closed.consts) if closed else [None] * len(body.constvars)
     if len(values) != len(body.invars):
         values = [None] * len(body.invars)
-    _walk(body, consts, values, times, total)
+    return _walk(body, consts, values, times, total)
 
 
 def _inner_jaxprs(params: dict) -> list:
@@ -158,11 +162,13 @@ def _shard_map(eqn, values, times, total):
     mesh = eqn.params["mesh"]
     axes = eqn.params.get("manual_axes") or mesh.axis_names
     devices = math.prod(mesh.shape[axis] for axis in axes)
-    # A constant that is cut over devices would be another on each.
-    whole = [
-        value if all(part is None for part in spec) else None
-        for value, spec in zip(values, eqn.params["in_specs"], strict=True)
-    ]
+
+    def is_whole(spec):  # a constant that is cut over devices would be another on each
+        named = [part if isinstance(part, tuple) else (part,) for part in spec if part is not None]
+        return all(mesh.shape[axis] == 1 for part in named for axis in part)
+
+    specs = eqn.params["in_specs"]
+    whole = [v if is_whole(spec) else None for v, spec in zip(values, specs, strict=True)]
     _enter(eqn.params["jaxpr"], whole, times * devices, total)
 
 
@@ -216,18 +222,18 @@ def _pallas_call(eqn, values, times, total):
     *batch, T, C = q.shape
     S = k.shape[-2]
     pairs: float = T * S
-    for value, atom in zip(values, eqn.invars[: mapping.num_index_operands], strict=False):
-        if atom.aval.dtype == np.int8 and len(atom.aval.shape) == 3:  # splash's block_mask
-            if value is None:
-                total.notes.add(f"the mask of {name} is not a constant: counted as if all is seen")
-                continue
-            heads = value.shape[0]
-            shown = np.count_nonzero(value == 2) + np.count_nonzero(value == 1) / 2
-            pairs = shown / heads * _block_pairs(mapping, T, S)
+    arguments = eqn.params["jaxpr"].debug_info.arg_names or ()
+    if "block_mask_ref" in arguments[: mapping.num_index_operands]:  # splash
+        mask = values[arguments.index("block_mask_ref")]
+        if mask is None:
+            total.notes.add(f"the mask of {name} is not a constant: counted as if all is seen")
+        else:
+            shown = np.count_nonzero(mask == 2) + np.count_nonzero(mask == 1) / 2
+            pairs = shown / mask.shape[0] * _block_pairs(mapping)
     total.kernels += times * math.prod(batch) * products * 2 * C * pairs
 
 
-def _block_pairs(mapping: Any, T: int, S: int) -> int:
+def _block_pairs(mapping: Any) -> int:
     """Queries times keys of one block: the second-to-last sizes of q's and k's blocks."""
     blocks = [b for b in mapping.block_mappings if len(b.array_aval.shape) >= 3]
     q, k = blocks[0], blocks[1]

@@ -341,7 +341,9 @@ def replica_group(rest: str, devices: int) -> tuple[int, ...]:
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         ids = ids.transpose(order) if order else ids
         return tuple(ids.reshape(groups)[0].tolist())
-    named = re.search(r"mesh\w*\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest.partition("replica_groups=")[2])
+    named = re.search(
+        r"mesh\w*\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest.partition("replica_groups=")[2]
+    )
     if named:
         return _named_group(*named.groups())
     return tuple(range(devices))

@@ -100,12 +100,15 @@ def test_visible_pairs_are_those_of_the_mask(window):
     assert visible_pairs(T, T, window) == seen.sum()
 
 
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("window", [0, 256])
 @pytest.mark.parametrize(("fused", "backward"), [(False, 7), (True, 5)])
-def test_splash_counts_the_pairs_of_its_mask(window, fused, backward):
-    """Forward 2 products, again under remat, and backward 5 in one kernel or 3 + 4 in two."""
+def test_splash_counts_the_pairs_of_its_mask(window, fused, backward, listed):
+    """Forward 2 products, again under remat, and backward 5 in one kernel or 3 + 4 in two. Listed:
+    the mask's blocks are arrays, not computed in the kernel."""
     T, H, B, C = 1024, 4, 2, 128
     mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    mask = masks.NumpyMask(np.asarray(mask[:, :])) if listed else mask
     sizes = splash.BlockSizes(
         *(128, 256, 128),
         block_q_dkv=128,
