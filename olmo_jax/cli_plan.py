@@ -57,7 +57,7 @@ def plan(
 ) -> None:
     """Compile the training step for a machine that is not there: does it fit, what bounds it?
 
-    The real compiler runs (for TPU the extra `aot`, for GPUs `cuda`; no device is needed). Memory a
+    The real compiler runs (the extra `aot` brings it; no device is needed). Memory a
     device, FLOPs, bytes over each mesh axis, the roofline bound of a step, and from it tokens/s,
     days, energy and carbon. --gin.Name.field=value as in train.
 

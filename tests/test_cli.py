@@ -73,7 +73,7 @@ for command in {[[], *COMMANDS]}:
 print(time.process_time())
 heavy = {{"jax", "grain", "gin", "numpy"}} & set(sys.modules)
 rooms = {{m for m in sys.modules if m.startswith("olmo_jax.")}}
-rooms -= {{"olmo_jax." + name for name in ("cli", "cli_data", "cli_shared", "errors")}}
+rooms -= {{"olmo_jax." + name for name in ("cli", "cli_data", "cli_plan", "cli_shared", "errors")}}
 assert not heavy and not rooms, (heavy, rooms)
 """
     seconds = float(in_a_new_process(code))

@@ -154,17 +154,15 @@ def target_devices(target: Target) -> list[Any]:
 
 def require_compiler(target: Target) -> None:
     """UserError, naming the extra, where the target's compiler is not installed."""
-    module, extra = (
-        ("jax_plugins.xla_cuda13", "cuda") if target.platform == "cuda" else ("libtpu", "aot")
-    )
+    module = "jax_plugins.xla_cuda13" if target.platform == "cuda" else "libtpu"
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even a jax_plugins
         found = False
     if not found:
         raise UserError(
-            f"target {target.name} needs {module.partition('.')[2] or module}, which is not "
-            f"installed; run: pip install 'olmo-jax[{extra}]' (it needs no device)"
+            f"target {target.name} needs {module.rpartition('.')[2]}, which is not installed; run: "
+            "pip install 'olmo-jax[aot]' (the compilers alone; no device is needed)"
         )
 
 

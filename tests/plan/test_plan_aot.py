@@ -1,6 +1,6 @@
 """Each backend's real compiler on a tiny model, where it is installed (no device is needed).
 
-Slow, and skipped where libtpu or the CUDA plugin is missing (the extras `aot` and `cuda`).
+Slow, and skipped where libtpu or the CUDA plugin is missing (the extra `aot`).
 """
 
 import json

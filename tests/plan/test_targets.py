@@ -47,8 +47,8 @@ def test_a_wrong_name_is_refused_with_what_there_is(name, says):
 
 def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name, extra in (("v5p-8", "aot"), ("h100-8", "cuda")):
-        with pytest.raises(UserError, match=rf"olmo-jax\[{extra}\]"):
+    for name, module in (("v5p-8", "libtpu"), ("h100-8", "xla_cuda13")):
+        with pytest.raises(UserError, match=rf"{module}.*olmo-jax\[aot\]"):
             require_compiler(parse_target(name))
 
 
