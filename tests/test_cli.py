@@ -19,6 +19,7 @@ COMMANDS = [
     ["generate"],
     ["report"],
     ["models"],
+    ["plan"],
     ["data"],
     ["data", "tokenizer"],
     ["data", "tokenize"],

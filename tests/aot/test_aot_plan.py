@@ -1,6 +1,6 @@
 """Each backend's real compiler on a tiny model, where it is installed (no device is needed).
 
-Slow, and skipped where libtpu or the CUDA plugin is missing (the extra `aot`).
+Skipped where libtpu or the CUDA plugin is missing (the extra `aot`).
 """
 
 import json
@@ -51,7 +51,7 @@ def plan(tmp_path, target, *arguments):
     return json.loads(out.read_text())[0]
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.parametrize("target", ["v5e-4", "h100-4"])
 def test_a_tiny_run_on_each_backend(tmp_path, target):
     o = plan(tmp_path, target, "--batch=4", "--remat=full", f"--html={tmp_path / 'p.html'}")
@@ -70,14 +70,14 @@ def test_a_tiny_run_on_each_backend(tmp_path, target):
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 def test_slices_meet_over_the_network(tmp_path):
     o = plan(tmp_path, "2xv5e-4", "--batch=8", "--remat=full")
     assert o["mesh"]["slice"] == 2 and o["bound"]["outside"] > 0
     assert any("slice" in axis for axis in o["collective_bytes"])
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 def test_what_does_not_fit_says_by_how_much(tmp_path):
     o = plan(tmp_path, "v5e-1", "--batch=256", "--gin.Model.d_model=1024", "--remat=none")
     assert not o["fits"] and o["memory_needed"] > o["memory_there"]
