@@ -119,9 +119,9 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             if header and "->" in line:
                 current = computations[header[2]] = {}
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
-        else:
+        elif line.startswith("  "):  # others go on with a kernel's attributes, which have line ends
             instruction = _instruction(line)
             if instruction:
                 current[instruction.name] = instruction
@@ -141,7 +141,7 @@ def _instruction(line: str) -> Instruction | None:
         name=left.removeprefix("ROOT ").lstrip("%"),
         op=op,
         shapes=tuple(_shapes(shape_text)),
-        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        operands=tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", inside)),
         rest=right[close + 1 :],
         is_root=left.startswith("ROOT "),
         inside=inside,
@@ -279,19 +279,21 @@ class _Reader:
             return _here(i.shapes) + sum(_here(shapes) for shapes in operands)
         users: dict[str, list[Instruction]] = {}
         for user in inner.values():
-            for name in user.operands:
+            for name in {operand.partition("#")[0] for operand in user.operands}:
                 users.setdefault(name, []).append(user)
         total = 0.0
         for parameter in (p for p in inner.values() if p.op == "parameter"):
             shapes = operands[int(parameter.inside)]
             total += min(_here(shapes), self._read(parameter, users, inner))
         root = next(r for r in inner.values() if r.is_root)
-        parts = [inner[n] for n in root.operands] if root.op == "tuple" else [root]
+        parts = [root]
+        if root.op == "tuple":
+            parts = [inner[name.partition("#")[0]] for name in root.operands]
         for part, shape in zip(parts, i.shapes, strict=False):
             while part.op == "bitcast" and part.operands[0] in inner:
                 part = inner[part.operands[0]]
             written = (
-                inner[part.operands[1]].shapes if part.op == "dynamic-update-slice" else (shape,)
+                _result(inner, part.operands[1]) if part.op == "dynamic-update-slice" else (shape,)
             )
             total += 0 if shape.elsewhere else sum(s.bytes for s in written)
         return total
@@ -312,7 +314,10 @@ class _Reader:
 
 
 def _result(body: dict[str, Instruction], name: str) -> tuple[Shape, ...]:
-    return body[name].shapes if name in body else ()
+    """The shapes of an operand; "name#1" is the second part of a tuple, as newer texts have it."""
+    whole, _, part = name.partition("#")
+    shapes = body[whole].shapes if whole in body else ()
+    return shapes[int(part) : int(part) + 1] if part else shapes
 
 
 def _here(shapes: Sequence[Shape]) -> int:

@@ -43,6 +43,21 @@ def test_a_batched_product_that_a_tpu_writes_as_a_convolution():
     assert products(body["c"], body) == 2 * 16 * 128 * 64 * 32
 
 
+def test_parts_of_a_tuple_by_number():
+    """Newer texts have %pair#1 where older ones have a get-tuple-element; a kernel's attributes may
+    have line ends in them."""
+    text = (
+        "ENTRY %main (pair: (f32[4,8], bf16[8,2])) -> f32[4,2] {\n"
+        "  %pair = (f32[4,8]{1,0}, bf16[8,2]{1,0}) parameter(0)\n"
+        "  %d = f32[4,2]{1,0} dot(%pair#0, %pair#1), lhs_contracting_dims={1}, "
+        'rhs_contracting_dims={0}, kernel_metadata={\n"a":"%x = b"\n}}, metadata={}\n'
+        "  %e = f32[4,2] dot(%pair#0, %pair#1), lhs_contracting_dims={1}\n}\n"
+    )
+    traffic = read_traffic(text, {"fsdp": 1})
+    assert traffic.products == 2 * (2 * 4 * 8 * 2)
+    assert traffic.memory == 2 * (4 * (4 * 8 + 4 * 2) + 2 * 8 * 2)
+
+
 def test_products_of_a_compiled_loop_are_those_of_the_traced_one():
     def f(x, w):
         return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
