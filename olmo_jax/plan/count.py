@@ -127,10 +127,15 @@ def _evaluated(eqn: Any, values: list) -> Any:
 
 
 def _scan(eqn, values, times, total):
-    n = eqn.params.get("num_consts")
-    if n is None:  # from jax 0.11 on: (constants, carry, slices), None for each array
-        n = len(jax.tree.leaves(eqn.params["ft_in"][0], is_leaf=lambda a: a is None))
+    """Operands are constants, carry and slices, in this order; a slice has an axis less inside.
+    (The parameter that says how many there are differs between jax's versions.)"""
     inner = eqn.params["jaxpr"]
+
+    def same(outside, inside):
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    carry = same(eqn.outvars, inner.jaxpr.outvars)
+    n = same(eqn.invars, inner.jaxpr.invars) - carry
     values = values[:n] + [None] * (len(inner.jaxpr.invars) - n)
     _enter(inner, values, times * eqn.params["length"], total)
 
