@@ -143,25 +143,126 @@ def cells(o: dict) -> str:
     return " | ".join([*out, f"{o['compile_seconds']:.0f}"])
 
 
+def expected_bytes(fsdp: int, copies: int) -> tuple[float, float]:
+    """Bytes that one device sends in a step, over fsdp and over slice and data: the formula.
+
+    Under full remat a layer's weights are gathered in bfloat16 three times (forward, again for the
+    recomputation, backward), the head's once; gradients are scattered in float32. Between copies of
+    the weights each device's part of the gradients is all-reduced in float32.
+    """
+    model = load_config([str(ROOT / WEAK_MODEL)], ["Data.paths=('unused',)"]).model
+    tables = model.rows * model.d_model
+    layers = model.parameter_count() - 2 * tables
+    within = (fsdp - 1) / fsdp * (layers * (3 * 2 + 4) + tables * (2 + 4))
+    between = 2 * (copies - 1) / copies * 4 * model.parameter_count() / fsdp
+    return within, between
+
+
+def weak_rows(kept: dict) -> list[dict]:
+    """Each size's figures beside the formula's, and relative to the smallest's."""
+    found = {n: kept[f"weak {n}"] for n in WEAK if f"weak {n}" in kept}
+    out = []
+    for n, o in found.items():
+        fsdp = o["mesh"].get("fsdp", 1)
+        gradients = 4 * o["parameters"] / fsdp
+        sent = sum(o["collective_bytes"].values())
+        expected = sum(expected_bytes(fsdp, n // fsdp))
+        out.append(
+            {
+                "chips": n,
+                "mesh": ", ".join(f"{a} {k}" for a, k in o["mesh"].items()),
+                "temporaries": o["memory"]["temporaries"],
+                "activations": o["memory"]["temporaries"] - gradients,
+                "flops": o["flops_device"],
+                "products": o["products_compiled"],
+                "axes": {a: b for a, b in o["collective_bytes"].items() if b > 1e7},
+                "sent": sent,
+                "expected": expected,
+                "bound": f"{o['bound_seconds']:.3g}",
+                "by": o["bound_by"],
+                "seconds": o["compile_seconds"],
+            }
+        )
+    return out
+
+
 def weak_lines(kept: dict) -> list[str]:
-    rows = {n: kept[f"weak {n}"] for n in WEAK if f"weak {n}" in kept}
+    rows = weak_rows(kept)
     if not rows:
         return []
+    write_bytes(PAGE.with_name("weak_scaling.svg"), weak_plot(rows).encode())
     lines = [
-        "## Weak scaling: OLMo-2-7B on v5p, 16,384 tokens a chip",
+        f"## Weak scaling: OLMo-2-7B on v5p, {TOKENS_A_DEVICE:,} tokens a chip",
         "",
-        "| chips | mesh | temporaries, GB | FLOPs a device | compiled products | bytes over each "
-        "axis, GB | bound s | by |",
-        "|---:|---|---:|---:|---:|---|---:|---|",
+        "Per device. *Activations* are the compiler's temporaries less the float32 gradients' "
+        "shard, 4 bytes x parameters / fsdp, which is the one part that is meant to shrink.",
+        "Expected bytes: (n - 1)/n of each layer gathered three times in bfloat16 (forward, ",
+        "recomputation, backward) and of the head once, gradients scattered in float32, and between "
+        "copies of the weights each part of the gradients all-reduced (`expected_bytes` in ",
+        "`benchmarks/plan.py`).",
+        "",
+        "![weak scaling](weak_scaling.svg)",
+        "",
+        "| chips | mesh | temporaries, GB | activations, GB | FLOPs | compiled products | "
+        "sent, GB | expected, GB | ratio | bound s | by | compiled in s |",
+        "|---:|---|" + "---:|" * 8 + "---|---:|",
     ]
-    for n, o in rows.items():
-        axes = ", ".join(f"{a} {b / 1e9:.2f}" for a, b in o["collective_bytes"].items() if b > 1e7)
-        mesh = ", ".join(f"{a} {k}" for a, k in o["mesh"].items())
+    for r in rows:
+        axes = ", ".join(f"{a} {b / 1e9:.2f}" for a, b in r["axes"].items())
         lines.append(
-            f"| {n} | {mesh} | {o['memory']['temporaries'] / 1e9:.3f} | {o['flops_device']:.4g} | "
-            f"{o['products_compiled']:.4g} | {axes} | {o['bound_seconds']:.3g} | {o['bound_by']} |"
+            f"| {r['chips']} | {r['mesh']} | {r['temporaries'] / 1e9:.3f} | "
+            f"{r['activations'] / 1e9:.3f} | {r['flops']:.4g} | {r['products']:.4g} | "
+            f"{r['sent'] / 1e9:.2f} ({axes}) | {r['expected'] / 1e9:.2f} | "
+            f"{r['sent'] / r['expected']:.3f} | {r['bound']} | {r['by']} | {r['seconds']:.0f} |"
         )
     return [*lines, ""]
+
+
+def weak_plot(rows: list[dict]) -> str:
+    """An SVG: figures a device relative to the smallest size's, over chips (powers of four)."""
+    width, height, left, right, top, bottom = 640, 300, 56, 16, 16, 60
+    series = {
+        "FLOPs": ("#1f6f8b", [r["products"] / rows[0]["products"] for r in rows]),
+        "activations": ("#c8551b", [r["activations"] / rows[0]["activations"] for r in rows]),
+        "bytes sent / formula": ("#5b6f2f", [r["sent"] / r["expected"] for r in rows]),
+    }
+    low, high = 0.8, 1.2
+
+    def x(i: int) -> float:
+        return left + i * (width - left - right) / max(1, len(rows) - 1)
+
+    def y(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low)
+        return height - bottom - share * (height - top - bottom)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13" fill="#777">'
+    ]
+    for tick in (0.8, 0.9, 1.0, 1.1, 1.2):
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" '
+            f'stroke="#ccc"/><text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">'
+            f"{tick:.1f}</text>"
+        )
+    for i, r in enumerate(rows):
+        parts.append(
+            f'<text x="{x(i):.1f}" y="{height - bottom + 18}" text-anchor="middle">'
+            f"{r['chips']}</text>"
+        )
+    for k, (name, (colour, values)) in enumerate(series.items()):
+        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values))
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts += [
+            f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="4" fill="{colour}"/>'
+            for i, v in enumerate(values)
+        ]
+        parts.append(
+            f'<text x="{left + 190 * k}" y="{height - 10}" fill="{colour}">● {name}</text>'
+        )
+    return "".join([*parts, "</svg>\n"])
 
 
 if __name__ == "__main__":

@@ -259,12 +259,3 @@ def link_seconds(
     crossing = collective.payload * collective.times * (parts - 1) / parts / len(here)
     outside = crossing * (2 if collective.kind == "all-reduce" else 1) / port
     return inside, outside
-
-
-def weak_scaling_bytes(parameters: int, n: int, passes: int = 3) -> float:
-    """Bytes that a device sends over fsdp in a step: the formula that `plan` is held to.
-
-    Weights are gathered in bfloat16 for the forward and for the backward pass, gradients are
-    reduced and scattered in the type that they travel in, each (n - 1)/n of all of them.
-    """
-    return passes * 2 * parameters * (n - 1) / n
