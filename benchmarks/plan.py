@@ -197,8 +197,8 @@ def weak_lines(kept: dict) -> list[str]:
         "Per device. *Activations* are the compiler's temporaries less the float32 gradients' "
         "shard, 4 bytes x parameters / fsdp, which is the one part that is meant to shrink.",
         "Expected bytes: (n - 1)/n of each layer gathered three times in bfloat16 (forward, ",
-        "recomputation, backward) and of the head once, gradients scattered in float32, and between "
-        "copies of the weights each part of the gradients all-reduced (`expected_bytes` in ",
+        "recomputation, backward) and of the head once, gradients scattered in float32, and ",
+        "between copies of the weights their parts all-reduced (`expected_bytes` in ",
         "`benchmarks/plan.py`).",
         "",
         "![weak scaling](weak_scaling.svg)",
