@@ -203,6 +203,8 @@ class _Reader:
         for i in body.values():
             kind = i.op.removesuffix("-start")
             if kind in _COLLECTIVES:
+                if kind == "all-reduce" and "reduce-scatter" in computation:
+                    kind = "reduce-scatter"  # as libtpu writes it: all-reduce and slice, one fusion
                 self.traffic.collectives.append(self._collective(kind, i, body, times))
             elif i.op in ("dot", "convolution", "custom-call"):
                 self.traffic.products += times * products(i, body)
@@ -241,8 +243,6 @@ class _Reader:
         result = sum(s.bytes for s in i.shapes)
         if i.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
             result -= given  # its tuple holds the operands too
-        if kind == "all-reduce" and _is_scattered(i, body):
-            kind = "reduce-scatter"  # how libtpu writes it: all-reduce and a slice, in one fusion
         payload = result if kind == "all-gather" else given
         group = replica_group(i.rest, math.prod(self.mesh_shape.values()))
         return Collective(kind, self._axes(group), group, payload, times)
@@ -322,13 +322,6 @@ def _result(body: dict[str, Instruction], name: str) -> tuple[Shape, ...]:
 
 def _here(shapes: Sequence[Shape]) -> int:
     return sum(s.bytes for s in shapes if not s.elsewhere)
-
-
-def _is_scattered(i: Instruction, body: dict[str, Instruction]) -> bool:
-    return any(
-        user.op == "dynamic-slice" and user.is_root and i.name in user.operands
-        for user in body.values()
-    )
 
 
 def replica_group(rest: str, devices: int) -> tuple[int, ...]:
