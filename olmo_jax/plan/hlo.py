@@ -214,8 +214,8 @@ class _Reader:
 
     def _enter(self, i: Instruction, body, times: float, fused: bool) -> None:
         if i.op == "while":
-            inner, condition = _attribute(i.rest, "body"), _attribute(i.rest, "condition")
-            self.run(inner or "", times * self._trips(i, condition or "", body), fused)
+            inner = _attribute(i.rest, "body") or ""
+            self.run(inner, times * self._trips(i, body), fused)
         elif i.op in ("fusion", "async-start", "call"):
             called = _attribute(i.rest, "calls") or _attribute(i.rest, "to_apply") or ""
             if called in self.computations:
@@ -225,18 +225,33 @@ class _Reader:
                 if name in self.computations:
                     self.run(name, times, fused)
 
-    def _trips(self, loop: Instruction, condition: str, body) -> int:
-        """How often a loop runs: what the compiler noted, or the bound it compares with, less the
-        counter's first value."""
+    def _trips(self, loop: Instruction, body) -> int:
+        """How often a loop runs: what the compiler noted, or the bound that its counter is compared
+        with, less its first value, over its step (libtpu takes two rounds in one where it can)."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if noted:
             return int(noted[1])
-        numbers = [
-            int(i.inside)
-            for i in self.computations[condition].values()
-            if i.op == "constant" and i.shapes[0].sizes == () and re.fullmatch(r"\d+", i.inside)
-        ]
-        return max(numbers, default=1)
+        condition = self.computations[_attribute(loop.rest, "condition") or ""]
+        inner = self.computations[_attribute(loop.rest, "body") or ""]
+        bound = max((n for n in map(_constant, condition.values()) if n is not None), default=1)
+        first = step = None
+        start = body.get(loop.operands[0])
+        root = next(i for i in inner.values() if i.is_root)
+        if start is not None and start.op == "tuple" and root.op == "tuple":
+            k = _counter(condition)
+            first = _constant(body.get(start.operands[k]))
+            step = self._increment(inner.get(root.operands[k]), inner)
+        return max(1, -(-(bound - (first or 0)) // (step or 1)))
+
+    def _increment(self, i: Instruction | None, inner) -> int | None:
+        """What an addition adds, alone or in a fusion."""
+        if i is None:
+            return None
+        if i.op == "fusion":
+            inner = self.computations[_attribute(i.rest, "calls") or ""]
+            i = next(r for r in inner.values() if r.is_root)
+        values = [_constant(inner.get(name)) for name in i.operands]
+        return max((v for v in values if v), default=None)
 
     def _collective(self, kind: str, i: Instruction, body, times: float) -> Collective:
         given = sum(s.bytes for name in i.operands for s in _result(body, name))
@@ -311,6 +326,25 @@ class _Reader:
             else:
                 return math.inf
         return total
+
+
+def _constant(i: Instruction | None) -> int | None:
+    """The value of a whole number."""
+    if i is None or i.op != "constant" or i.shapes[0].sizes != ():
+        return None
+    return int(i.inside) if re.fullmatch(r"\d+", i.inside) else None
+
+
+def _counter(condition: dict[str, Instruction]) -> int:
+    """Which part of a loop's state its condition looks at."""
+    for i in condition.values():
+        part = re.search(r"index=(\d+)", i.rest) if i.op == "get-tuple-element" else None
+        if part:
+            return int(part[1])
+        for name in i.operands:
+            if "#" in name:
+                return int(name.partition("#")[2])
+    return 0
 
 
 def _result(body: dict[str, Instruction], name: str) -> tuple[Shape, ...]:
