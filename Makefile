@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AOT := .venv-aot
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-slow lint bench lock clean
+.PHONY: help demo test test-slow test-aot lint bench lock clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -18,6 +19,9 @@ test: lint  ## Lint, type check, and every test but the slow ones
 
 test-slow: $(VENV)/test.stamp  ## The tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+test-aot: $(AOT)/stamp  ## Compile for TPUs and GPUs that are not there, and look at the programs
+	$(AOT)/bin/python -m pytest -m aot tests/aot
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -48,8 +52,19 @@ $(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) --editable '.[bench]'
 	@touch $@
 
-lock: $(VENV)/test.stamp  ## Pin what is installed now
-	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu//; /^olmo-jax/d; / @ /d' > constraints.txt
+# An environment of its own: beside these compilers a plain jax would look for their devices, and
+# print errors, at every start on a machine that has none.
+$(AOT)/stamp: pyproject.toml constraints.txt
+	@echo "Installing the compilers for TPU and CUDA in $(AOT) (no device needed) …"
+	@$(PYTHON) -m venv $(AOT)
+	@$(AOT)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt --editable '.[aot]' pytest
+	@touch $@
+
+lock: $(VENV)/test.stamp $(AOT)/stamp  ## Pin what is installed now
+	{ $(BIN)/python -m pip freeze --exclude-editable; \
+	  $(AOT)/bin/python -m pip freeze --exclude-editable; } | \
+	  sed -E 's/\+cpu//; /^olmo-jax/d; / @ /d' | sort -fu > constraints.txt
 
 clean:  ## Remove the virtual environment and the demo's files
-	rm -rf $(VENV) runs/demo data/demo
+	rm -rf $(VENV) $(AOT) runs/demo data/demo

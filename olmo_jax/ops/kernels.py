@@ -9,14 +9,40 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class SplashBlocks:
+    """Positions that TPU's attention kernels take at once; less where they do not divide T."""
+
+    q: int = 512
+    """Queries in the forward pass."""
+    kv: int = 512
+    """Keys brought into vector memory at once, forward."""
+    kv_compute: int = 512
+    """Keys multiplied at once, forward."""
+    q_back: int = 512
+    """Queries in the backward pass."""
+    kv_back: int = 512
+    """Keys brought in at once, backward."""
+    kv_back_compute: int = 512
+    """Keys multiplied at once, backward."""
+    fused: bool = False
+    """One backward kernel instead of two: five products for seven, but S / kv_back copies of the
+    queries' gradient in memory."""
+
+
+@dataclass(frozen=True)
 class Kernels:
     """The chosen forms. `notes` says, for a person, why a faster one was not taken."""
 
     linear: Literal["flat", "kept"] = "kept"
     """"flat" folds batch and time into one axis before a product; "kept" leaves axes apart."""
-    attention: Literal["blocked", "reference"] = "blocked"
+    attention: Literal["blocked", "reference", "splash", "cudnn", "cudnn_unpacked"] = "blocked"
     """"blocked": only what the mask can show, a block of queries at a time; "reference": einsum,
-    softmax, einsum, with the whole (T, S) scores in memory."""
+    softmax, einsum, with the whole (T, S) scores in memory; "splash": TPU's fused kernels; "cudnn":
+    NVIDIA's; "cudnn_unpacked": NVIDIA's, but rows of several documents take "blocked"."""
+    splash: SplashBlocks | None = None
+    """Block sizes of "splash"."""
+    context: Literal["gathered", "ring"] = "gathered"
+    """How keys and values reach other parts of a sequence, see `MeshConfig.context_form`."""
     experts: Literal["grouped", "ragged", "reference"] = "ragged"
     """"grouped": blocks of tokens of one expert in a loop; "ragged": XLA's own grouped product;
     "reference": every expert on every token."""
@@ -27,10 +53,87 @@ class Kernels:
     notes: tuple[str, ...] = ()
 
 
-def pick_kernels(platform: str) -> Kernels:
-    """The forms for a platform ("cpu", "gpu", "cuda", "tpu"), as `mesh.devices[...].platform`."""
+# Splash block sizes by `device.device_kind`. Each fits the compiler's default scoped vector memory
+# at head width 128 in bfloat16, with windows and documents (tests/aot compiles
+# them): larger ones need --xla_tpu_scoped_vmem_limit_kib, and a run would not start without it.
+#
+# fused: MaxText's v5p recipe (deepseek3-671b) has it off, its TPU7x recipes on. Elsewhere off: at T
+# 8192 with 32 heads its copies of the gradient take the kernels' temporaries from 279 to 689 MB
+# (v5p, blocks of 1024), from 203 to 605 MB (v5e).
+_SPLASH = {
+    # 1024 is the largest that fits; MaxText's default is 512.
+    "TPU v4": SplashBlocks(1024, 1024, 1024, 1024, 1024, 1024),
+    # MaxText's v5p recipes: 2048 with a limit of 65472 KiB; 1024 is the largest that fits without.
+    "TPU v5": SplashBlocks(1024, 1024, 1024, 1024, 1024, 1024),
+    # MaxText's v5e recipes: q 1024, backward q 1024, dq 2048; 1024 is the largest that fits.
+    "TPU v5 lite": SplashBlocks(1024, 1024, 1024, 1024, 1024, 1024),
+    # MaxText's Trillium recipes: q 1024, backward q 2048, keys its default of 512.
+    "TPU v6 lite": SplashBlocks(1024, 512, 512, 2048, 512, 512),
+    # MaxText's TPU7x recipes: 1024, backward 2048 with a larger limit; 1024 fits without.
+    "TPU7x": SplashBlocks(1024, 1024, 512, 1024, 1024, 1024, fused=True),
+}
+_KINDS = {"TPU v5p": "TPU v5", "TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite"}
+
+# Compute capability by a part of `device.device_kind`. cuDNN's fused attention needs 8.0 and takes
+# head widths up to 128; from 9.0 on it takes 256, and packed rows (documents apart by offsets).
+_CUDA = {"A100": 8.0, "H100": 9.0, "H200": 9.0, "B200": 10.0}
+
+
+def pick_kernels(
+    platform: str,
+    device_kind: str = "",
+    *,
+    head_width: int = 128,
+    alibi: bool = False,
+    compute_dtype: str = "bfloat16",
+) -> Kernels:
+    """The forms for a device (`.platform`, `.device_kind`) and what the model's attention is."""
     if platform == "cpu":
         return Kernels(
             linear="flat", experts="grouped", layers="unrolled", cross_entropy_tokens=1024
         )
-    return Kernels(notes=(f"attention: no fused form for {platform} yet, taking the blocked form",))
+    if alibi:
+        return _blocked("no fused kernel adds ALiBi's slopes")
+    if platform == "tpu":
+        return _tpu(device_kind, head_width, compute_dtype)
+    return _gpu(device_kind, head_width, compute_dtype)
+
+
+def _blocked(why: str) -> Kernels:
+    return Kernels(notes=(f"attention: blocked, since {why}",))
+
+
+def _tpu(device_kind: str, head_width: int, compute_dtype: str) -> Kernels:
+    kind = _KINDS.get(device_kind, device_kind)
+    blocks, notes = _SPLASH.get(kind), ()
+    if blocks is None:
+        blocks = SplashBlocks()
+        notes = (f"attention: blocks of 512, since none are known for {device_kind or 'this TPU'}",)
+    # Vector memory is what bounds a block: its bytes stay those of 128 x bfloat16.
+    shrink = -(-head_width // 128) * (2 if compute_dtype == "float32" else 1)
+    if shrink > 1:
+        blocks = SplashBlocks(*(max(128, n // shrink) for n in _sizes(blocks)), blocks.fused)
+    return Kernels(attention="splash", splash=blocks, notes=notes)
+
+
+def _sizes(blocks: SplashBlocks) -> tuple[int, ...]:
+    b = blocks
+    return b.q, b.kv, b.kv_compute, b.q_back, b.kv_back, b.kv_back_compute
+
+
+def _gpu(device_kind: str, head_width: int, compute_dtype: str) -> Kernels:
+    capability = next((c for name, c in _CUDA.items() if name in device_kind), None)
+    if capability is None:
+        return _blocked(f"{device_kind or 'this GPU'} is none of {', '.join(_CUDA)}")
+    if compute_dtype != "bfloat16":
+        return _blocked(f"cuDNN's fused attention takes bfloat16, not {compute_dtype}")
+    widest = 256 if capability >= 9 else 128
+    if head_width % 8 or head_width > widest:
+        return _blocked(
+            f"cuDNN's fused attention takes head widths that are multiples of 8 up to {widest} on "
+            f"{device_kind}, not {head_width}"
+        )
+    if capability >= 9:
+        return Kernels(attention="cudnn")
+    note = f"attention: rows of several documents take the blocked form: {device_kind} cannot pack"
+    return Kernels(attention="cudnn_unpacked", notes=(note,))

@@ -8,7 +8,7 @@ import os
 import jax
 
 from olmo_jax.errors import UserError
-from olmo_jax.ops.kernels import pick_kernels
+from olmo_jax.model.transformer import kernels_for
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.xla_flags import VARIABLES, choose
 from olmo_jax.train.config import RunConfig
@@ -27,12 +27,12 @@ def describe(run: RunConfig) -> str:
     instances = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     try:
         mesh = build_mesh(run.mesh)
-        kind = mesh.devices.flat[0].platform
+        device = mesh.devices.flat[0]
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        where = f"{axes or 'one device'} ({mesh.devices.size} x {mesh.devices.flat[0].device_kind})"
+        where = f"{axes or 'one device'} ({mesh.devices.size} x {device.device_kind})"
     except UserError as error:
-        kind, where = jax.default_backend(), f"does not fit this machine ({error})"
-    kernels = pick_kernels(kind)
+        device, where = jax.devices()[0], f"does not fit this machine ({error})"
+    kernels = kernels_for(run.model, device)
     experts = f", experts {kernels.experts}" if run.model.n_experts else ""
     count = run.model.parameter_count()
     lines = {

@@ -24,8 +24,7 @@ from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.loader import load_batches
 from olmo_jax.errors import UserError
 from olmo_jax.files import is_disk_full, write_error
-from olmo_jax.model.transformer import Transformer, abstract_model, bind
-from olmo_jax.ops.kernels import pick_kernels
+from olmo_jax.model.transformer import Transformer, abstract_model, bind, kernels_for
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.processes import is_first
 from olmo_jax.parallel.sharding import local_rows, to_global
@@ -128,7 +127,7 @@ class _Loop:
                 "jax.distributed.initialize()"
             )
         check_mesh(run, self.plan, self.mesh)
-        kernels = pick_kernels(self.mesh.devices.flat[0].platform)
+        kernels = kernels_for(run.model, self.mesh.devices.flat[0])
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size

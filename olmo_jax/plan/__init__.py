@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for machines that are not there: memory, FLOPs, traffic, roofline."""
