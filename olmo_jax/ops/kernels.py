@@ -4,7 +4,7 @@ The choice is a frozen value that travels with the model, so that a plan made on
 picks what the TPU would run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -74,8 +74,13 @@ _SPLASH = {
 }
 _KINDS = {"TPU v5p": "TPU v5", "TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite"}
 
-# Compute capability by a part of `device.device_kind`. cuDNN's fused attention needs 8.0 and takes
-# head widths up to 128; from 9.0 on it takes 256, and packed rows (documents apart by offsets).
+# Compute capability by a part of `device.device_kind`. What cuDNN's fused attention takes (jax's
+# checks in jax/_src/cudnn/fused_attention_stablehlo.py): bfloat16, and
+#
+#                       A100 (8.0)          H100, H200 (9.0), B200 (10.0)
+#   head width          8 to 128, by 8      8 to 256, by 8
+#   causal, window      yes                 yes
+#   rows of documents   blocked form        yes, packed
 _CUDA = {"A100": 8.0, "H100": 9.0, "H200": 9.0, "B200": 10.0}
 
 
@@ -92,18 +97,20 @@ def pick_kernels(
         return Kernels(
             linear="flat", experts="grouped", layers="unrolled", cross_entropy_tokens=1024
         )
-    if alibi:
-        return _blocked("no fused kernel adds ALiBi's slopes")
     if platform == "tpu":
-        return _tpu(device_kind, head_width, compute_dtype)
-    return _gpu(device_kind, head_width, compute_dtype)
+        return _tpu(device_kind, head_width, alibi, compute_dtype)
+    # XLA's ragged_dot on CUDA multiplies every token with every expert: OLMoE's step at T 4096, a
+    # row an H100, had 42 GB of temporaries (3.1 on a v5p, whose compiler has a kernel for it).
+    return replace(_gpu(device_kind, head_width, alibi, compute_dtype), experts="grouped")
 
 
 def _blocked(why: str) -> Kernels:
     return Kernels(notes=(f"attention: blocked, since {why}",))
 
 
-def _tpu(device_kind: str, head_width: int, compute_dtype: str) -> Kernels:
+def _tpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> Kernels:
+    if alibi:
+        return _blocked("splash does not add ALiBi's slopes")
     kind = _KINDS.get(device_kind, device_kind)
     blocks, notes = _SPLASH.get(kind), ()
     if blocks is None:
@@ -121,7 +128,9 @@ def _sizes(blocks: SplashBlocks) -> tuple[int, ...]:
     return b.q, b.kv, b.kv_compute, b.q_back, b.kv_back, b.kv_back_compute
 
 
-def _gpu(device_kind: str, head_width: int, compute_dtype: str) -> Kernels:
+def _gpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> Kernels:
+    if alibi:
+        return _blocked("cuDNN is not asked for ALiBi's slopes")
     capability = next((c for name, c in _CUDA.items() if name in device_kind), None)
     if capability is None:
         return _blocked(f"{device_kind or 'this GPU'} is none of {', '.join(_CUDA)}")

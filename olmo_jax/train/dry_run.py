@@ -28,6 +28,7 @@ def describe(run: RunConfig) -> str:
     except UserError as error:
         device, where = jax.devices()[0], f"does not fit this machine ({error})"
     kernels = kernels_for(run.model, device)
+    blocks = f" ({kernels.splash.q:,} queries at a time)" if kernels.splash else ""
     experts = f", experts {kernels.experts}" if run.model.n_experts else ""
     count = run.model.parameter_count()
     lines = {
@@ -45,7 +46,7 @@ def describe(run: RunConfig) -> str:
             else {}
         ),
         "FLOPs": f"{flops * plan.tokens:.4g}",
-        "kernels": f"linear {kernels.linear}, attention {kernels.attention}{experts}, "
+        "kernels": f"linear {kernels.linear}, attention {kernels.attention}{blocks}{experts}, "
         f"cross-entropy over {kernels.cross_entropy_tokens:,} tokens at a time",
         "mesh": where,
     }
