@@ -16,7 +16,7 @@ from olmo_jax.errors import UserError
 from olmo_jax.generate.sampling import Sampling, sample
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.model.transformer import Transformer
-from olmo_jax.ops.attention import AttentionMask
+from olmo_jax.ops.attention import AttentionMask, alibi_slopes
 
 _BUCKET = 64
 _TOKENS_A_DISPATCH = 8
@@ -97,11 +97,12 @@ class Decoder(nnx.Module):
         """The final norm's output and the cache, with tokens at positions offset, offset + 1, …"""
         config = self.config
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] + offset
-        ropes, alibi = rope_tables(config, positions_BT), config.position == "alibi"
+        ropes = rope_tables(config, positions_BT)
+        slopes_H = alibi_slopes(config.n_heads) if config.position == "alibi" else None
         x_BTD = self.embed.weight[...][tokens_BT].astype(config.compute_dtype)
         out = []
         for layer, window, kv in zip(self.layers, config.windows, cache, strict=True):
-            mask = AttentionMask(window, offset=offset, alibi=alibi)
+            mask = AttentionMask(window, None, slopes_H, offset)
             x_BTD, kv, _ = layer(x_BTD, ropes.of(window), mask, kv)
             out.append(kv)
         return self.final_norm(x_BTD), out

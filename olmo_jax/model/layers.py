@@ -83,7 +83,7 @@ class Attention(nnx.Module):
 
         self.q_norm = norm(heads, "heads") if config.qk_norm else None
         self.k_norm = norm(kv, "kv_heads") if config.qk_norm else None
-        self.head_width, self.clip, self.form = c, config.clip_qkv, kernels.attention
+        self.head_width, self.clip, self.kernels = c, config.clip_qkv, kernels
 
     def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
         """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
             q_BTHC, k_BTKC = rotate(q_BTHC, rope), rotate(k_BTKC, rope)
         if cache is None:
             kv = k_BTKC, v_BTKC
-            out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask, self.form)
+            out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask, self.kernels)
         else:
             at = (0, 0, mask.offset, 0)
 
@@ -109,7 +109,6 @@ class Attention(nnx.Module):
 
             kv = write(cache[0], k_BTKC), write(cache[1], v_BTKC)
             out_BTHC = attention_cached(q_BTHC, *kv, mask)
-        out_BTHC = checkpoint_name(out_BTHC, "context")
         return self.out(out_BTHC.reshape(B, T, -1)), kv
 
 

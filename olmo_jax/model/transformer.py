@@ -14,14 +14,14 @@ from olmo_jax.model.init import Initializer, input_std
 from olmo_jax.model.layers import MLP, Attention, Norm
 from olmo_jax.model.presets import preset
 from olmo_jax.model.rope import rope_tables
-from olmo_jax.ops.attention import AttentionMask
+from olmo_jax.ops.attention import AttentionMask, alibi_slopes
 from olmo_jax.ops.experts import RouterSums
 from olmo_jax.ops.kernels import Kernels, pick_kernels
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "projections": jax.checkpoint_policies.save_only_these_names(
-        "q", "k", "v", "context", "out", "router", "gate", "down"
+        "q", "k", "v", "context", "context_log_sum", "out", "router", "gate", "down"
     ),
 }
 
@@ -104,14 +104,15 @@ class Transformer(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         ropes = rope_tables(self.config, positions_BT)
-        pattern, alibi = self.config.window_pattern, self.config.position == "alibi"
+        pattern, config = self.config.window_pattern, self.config
+        slopes_H = alibi_slopes(config.n_heads) if config.position == "alibi" else None
         graph, weights = nnx.split(self.layers)
 
         def group(x_BTD, group_weights):
             sums = []
             for i, window in enumerate(pattern):
                 layer = jax.tree.map(lambda a, i=i: a[i], group_weights)
-                mask = AttentionMask(window, segment_ids_BT, alibi=alibi)
+                mask = AttentionMask(window, segment_ids_BT, slopes_H)
                 block = nnx.merge(graph, layer)
                 x_BTD, _, layer_sums = block(x_BTD, ropes.of(window), mask, None, weights_BT)
                 sums.append(layer_sums)

@@ -17,6 +17,8 @@ class Kernels:
     attention: Literal["blocked", "reference"] = "blocked"
     """"blocked": only what the mask can show, a block of queries at a time; "reference": einsum,
     softmax, einsum, with the whole (T, S) scores in memory."""
+    context: Literal["gathered", "ring"] = "gathered"
+    """How keys and values reach other parts of a sequence, see `MeshConfig.context_form`."""
     experts: Literal["grouped", "ragged", "reference"] = "ragged"
     """"grouped": blocks of tokens of one expert in a loop; "ragged": XLA's own grouped product;
     "reference": every expert on every token."""

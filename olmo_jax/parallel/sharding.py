@@ -1,44 +1,101 @@
-"""Where each logical axis lives on the mesh. Only this file knows that "embed" is on fsdp.
+"""Where each logical axis lives on the mesh. Only this file knows that "embed" is on fsdp."""
 
-Weights are cut over fsdp along the residual width and over tensor along heads, MLP and vocabulary;
-a batch's rows are spread over slice, data and fsdp. An axis that a dimension does not divide by is
-dropped for that dimension (the weight is then whole along it).
-"""
-
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-BATCH_AXES = ("slice", "data", "fsdp")
+from olmo_jax.parallel.mesh import current_mesh
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Mesh axis of each logical axis; None is whole on every device."""
+    """The mesh axes that each logical axis is cut over; an empty one is whole on every device.
 
-    layer: str | None = None
-    embed: str | None = "fsdp"
-    heads: str | None = "tensor"
-    kv_heads: str | None = "tensor"
-    mlp: str | None = "tensor"
-    vocab: str | None = "tensor"
-    expert: str | None = "expert"
+    Weights and the optimizer's moments, float32: cut twice. Along heads, MLP or vocabulary over
+    `tensor` (Megatron: each device keeps its part and adds its part of the result); along the
+    residual width ("embed") over `fsdp`, and over `context` and `expert` too, since devices along
+    those hold the same weights otherwise (ZeRO-3: the part is gathered, in the compute type, just
+    before its use, and gradients are added up and cut again, in float32, just after). Experts are
+    cut over `expert` first, so each is whole on one device along it. Devices along `slice` and
+    `data` hold copies: between slices only gradients travel.
+
+    Activations: the batch's rows are cut over every axis but `context` and `tensor`; positions of
+    a sequence over `context`; between the sublayers, where nothing mixes positions, over `tensor`
+    too (sequence parallelism: the residual stream that is kept for the backward pass, and the
+    norms' work, are not repeated along it). Heads and MLP width are cut over `tensor`.
+
+    An axis that a dimension does not divide by, or that an earlier dimension of the same array
+    uses, is left out for that dimension.
+    """
+
+    layer: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ("fsdp", "context", "expert")
+    norm: tuple[str, ...] = ()  # a few kB: gathering them costs more than it saves
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    expert: tuple[str, ...] = ("expert",)
+
+    batch: tuple[str, ...] = ("slice", "data", "fsdp", "expert")
+    time: tuple[str, ...] = ("context",)
+    residual_time: tuple[str, ...] = ("context", "tensor")
 
 
-def weight_sharding(
-    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules | None = None
-) -> NamedSharding:
+RULES = Rules()
+BATCH_AXES = RULES.batch
+
+
+def spec_of(
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec:
+    """How an array with these logical axes (None: whole) and this shape is cut."""
+    spec: list[tuple[str, ...]] = []
+    used: set[str] = set()
+    for name, size in zip(axes, shape, strict=True):
+        taken: list[str] = []
+        parts = 1
+        for axis in getattr(RULES, name) if name else ():
+            n = mesh.shape[axis]
+            if n > 1 and axis not in used and size % (parts * n) == 0:
+                taken.append(axis)
+                parts *= n
+        used |= set(taken)
+        spec.append(tuple(taken))
+    return PartitionSpec(*spec)
+
+
+def weight_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
     """The sharding of a weight with these logical axis names and this shape."""
-    rules = rules or Rules()
-    names = [getattr(rules, axis) for axis in axes]
-    spec = [
-        name if name and size % mesh.shape[name] == 0 else None
-        for name, size in zip(names, shape, strict=True)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, spec_of(mesh, axes, shape))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, cut as the logical axes of its dimensions say; x itself outside `on_mesh`."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(mesh, axes, x.shape))
+
+
+def gathered(w: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A weight in the compute type, whole along "embed" and still cut along its other axes.
+
+    The first constraint keeps the cast before the gather, so that half the bytes travel.
+    """
+    w = constrain(w, *axes)
+    return constrain(w, *(None if axis == "embed" else axis for axis in axes))
+
+
+def axis_size(name: str) -> int:
+    """Devices along a mesh axis, 1 outside `on_mesh`."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape[name]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -53,10 +110,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
-    return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def to_global(mesh: Mesh, local: Any) -> Any:
     """A pytree of this process's rows (numpy, leading axis the batch) as global arrays."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
+
+
+def zigzag(T: int, parts: int) -> np.ndarray:
+    """The order of positions in which device i of `parts` holds the chunks i and 2 parts - 1 - i.
+
+    Of 2 · parts chunks; under a causal mask every device then sees as much as every other.
+    """
+    chunks = np.arange(T).reshape(2 * parts, -1)
+    return np.concatenate([chunks[[i, -1 - i]].reshape(-1) for i in range(parts)])

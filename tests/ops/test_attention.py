@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from olmo_jax.ops.attention import AttentionMask, alibi_slopes, attention
+from olmo_jax.ops.kernels import Kernels
 
 B, T, H, K, C = 2, 9, 4, 2, 8
 RNG = np.random.default_rng(0)
@@ -37,9 +38,12 @@ def plain(window, segments, slopes=(0,) * H):
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "segments"])
 @pytest.mark.parametrize("slopes", [(0, 0, 0, 0), (0.25, 0.0625, 0.015625, 0.00390625)])
 def test_equals_the_plain_loop(window, segments, slopes, form):
-    mask = AttentionMask(window=window, segment_ids_BT=segments, alibi=any(slopes))
-    want = plain(window, segments, slopes)
-    np.testing.assert_allclose(attention(Q, KEYS, VALUES, mask, form), want, rtol=1e-5, atol=1e-6)
+    slopes_H = np.array(slopes, np.float32) if any(slopes) else None
+    mask = AttentionMask(window, segments, slopes_H)
+    want, kernels = plain(window, segments, slopes), Kernels(attention=form)
+    np.testing.assert_allclose(
+        attention(Q, KEYS, VALUES, mask, kernels), want, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_alibi_slopes_of_a_head_count_that_is_no_power_of_two():
@@ -54,12 +58,13 @@ def test_the_blocked_form_has_the_references_values_and_gradients(window, segmen
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, C)), jnp.float32) for n in (H, K, K))
     segments = np.sort(rng.integers(0, 4, (B, T)), axis=1) if segmented else None
-    mask = AttentionMask(window=window, segment_ids_BT=segments, alibi=alibi)
+    mask = AttentionMask(window, segments, alibi_slopes(H) if alibi else None)
     weights = rng.normal(size=(B, T, H, C)).astype(np.float32)
 
     def total(form):
         return jax.value_and_grad(
-            lambda q, k, v: jnp.sum(weights * attention(q, k, v, mask, form)), (0, 1, 2)
+            lambda q, k, v: jnp.sum(weights * attention(q, k, v, mask, Kernels(attention=form))),
+            (0, 1, 2),
         )
 
     value, grads = jax.jit(total("blocked"))(q, k, v)
@@ -76,7 +81,8 @@ def test_the_blocked_form_keeps_no_scores_for_the_backward_pass(alibi):
 
     def memory(form):
         def total(q):
-            return jnp.sum(attention(q, q, q, AttentionMask(alibi=alibi), form))
+            mask = AttentionMask(slopes_H=alibi_slopes(1) if alibi else None)
+            return jnp.sum(attention(q, q, q, mask, Kernels(attention=form)))
 
         compiled = jax.jit(jax.grad(total)).lower(q).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -1,0 +1,75 @@
+"""What attention may see, as data; and the scores and masks of the forms written in plain jax."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NEVER = -1e30  # not -inf: a difference of two would be NaN
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("segment_ids_BT", "key_segment_ids_BS", "slopes_H"),
+    meta_fields=("window", "causal", "offset"),
+)
+@dataclass(frozen=True)
+class AttentionMask:
+    """Causal, and narrower where a field says so. A pytree: only the arrays are traced."""
+
+    window: int = 0
+    """Keys that a query sees, counting itself; 0 is all that came before."""
+    segment_ids_BT: jax.Array | np.ndarray | None = None
+    """The queries' documents; a query sees keys of its own segment only. None: one document."""
+    slopes_H: jax.Array | np.ndarray | None = None
+    """ALiBi: not what may be seen but how much it weighs: scores fall by a head's slope for each
+    token between query and key (see `alibi_slopes`)."""
+    offset: Any = 0
+    """Index among the keys of the first query; an int but for decoding with a cache."""
+    key_segment_ids_BS: jax.Array | np.ndarray | None = None
+    """The keys' documents, where the keys are not those of the queries' positions."""
+    causal: bool = True
+    """False: all keys come before all queries (they are another part's, earlier in the row)."""
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """ALiBi's slope of each head, float32 (H,): 2^(-8 h / H) for h = 1 … H where H is a power of
+    two, else every other one of the next power's first (Press et al. 2022, in MPT's order)."""
+    power = 1 << (n_heads - 1).bit_length()
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    if power != n_heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:n_heads]
+    return slopes.astype(np.float32)
+
+
+def scores(q_BKGTC, k_BKSC, mask: AttentionMask, rows: slice, keys: slice) -> jax.Array:
+    """float32 scores, (B, K, G, T, S), of queries `rows` and keys `keys`, what is not allowed at
+    `NEVER`."""
+    q_T1 = jnp.arange(rows.start, rows.stop)[:, None] + mask.offset
+    k_1S = jnp.arange(keys.start, keys.stop)[None, :]
+    q, k = q_BKGTC[..., rows, :] * q_BKGTC.shape[-1] ** -0.5, k_BKSC[:, :, keys]
+    scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
+    if mask.slopes_H is not None:
+        K, G = q.shape[1:3]
+        # Within a document positions and indices differ by a constant: no need of the former.
+        scores += mask.slopes_H.reshape(K, G, 1, 1) * (k_1S - q_T1).astype(jnp.float32)
+    allowed = _allowed(mask, q_T1, k_1S, rows, keys)
+    return scores if allowed is None else jnp.where(allowed, scores, NEVER)
+
+
+def _allowed(mask: AttentionMask, q_T1, k_1S, rows: slice, keys: slice) -> jax.Array | None:
+    """What the queries may see of the keys: (T, S), with segments (B, 1, 1, T, S), None is all."""
+    allowed = None
+    if mask.causal:
+        allowed = k_1S <= q_T1
+        if mask.window:
+            allowed &= q_T1 - k_1S < mask.window
+    if mask.segment_ids_BT is not None:
+        ids = mask.segment_ids_BT
+        key_ids = ids if mask.key_segment_ids_BS is None else mask.key_segment_ids_BS
+        same_BTS = ids[:, rows, None] == key_ids[:, None, keys]
+        allowed = (same_BTS if allowed is None else allowed & same_BTS)[:, None, None]
+    return allowed
