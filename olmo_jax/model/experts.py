@@ -7,8 +7,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.init import Initializer, input_std, output_std
-from olmo_jax.ops.experts import RouterSums, experts, route, router_sums
+from olmo_jax.ops.experts import RouterSums, mixture
 from olmo_jax.ops.kernels import Kernels
+from olmo_jax.ops.linear import linear
 
 
 class Stack(nnx.Module):
@@ -29,25 +30,21 @@ class Experts(nnx.Module):
         def make(name, shape, axes, std):
             return Stack(init, f"{path}.{name}", config, shape, axes, std)
 
-        self.router = make("router", (d, e), ("embed", "expert"), std)
+        self.router = make("router", (d, e), ("embed", "router"), std)
         self.gate = make("gate", (e, d, f), ("expert", "embed", "mlp"), std)
         self.up = make("up", (e, d, f), ("expert", "embed", "mlp"), std)
         self.down = make("down", (e, f, d), ("expert", "mlp", "embed"), out_std)
-        self.per_token, self.normalize = config.experts_per_token, config.normalize_expert_weights
-        self.form = kernels.experts
+        self.flat = kernels.linear == "flat"
+        normalize = config.normalize_expert_weights
+        self.options = config.experts_per_token, normalize, kernels.experts
 
     def __call__(self, x_BTD, weights_BT=None) -> tuple[jax.Array, RouterSums | None]:
         """The output, and the router's sums over tokens times weights_BT, where those are given."""
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        router_DE = self.router.weight[...].astype(x_ND.dtype)
-        logits_NE = jnp.dot(x_ND, router_DE, preferred_element_type=jnp.float32)
+        router_DE = self.router.weight[...]
+        logits_BTE = linear(x_BTD.astype(jnp.float32), router_DE, ("embed", "router"), self.flat)
         # A remat policy that keeps only some outputs keeps this small one, so that the backward
         # pass routes as the forward pass did.
-        logits_NE = checkpoint_name(logits_NE, "router")
-        routing = route(logits_NE, self.per_token, self.normalize)
+        logits_BTE = checkpoint_name(logits_BTE, "router")
         gate, up, down = (m.weight[...] for m in (self.gate, self.up, self.down))
-        y_ND = experts(x_ND, routing, gate, up, down, self.form)
-        y_BTD = checkpoint_name(y_ND, "down").reshape(x_BTD.shape)
-        if weights_BT is None:
-            return y_BTD, None
-        return y_BTD, router_sums(logits_NE, routing, weights_BT.reshape(-1))
+        y_BTD, sums = mixture(x_BTD, logits_BTE, weights_BT, gate, up, down, *self.options)
+        return checkpoint_name(y_BTD, "down"), sums

@@ -15,6 +15,7 @@ from olmo_jax.model.rope import rotate
 from olmo_jax.ops.attention import AttentionMask, attention, attention_cached
 from olmo_jax.ops.kernels import Kernels
 from olmo_jax.ops.linear import linear
+from olmo_jax.parallel.sharding import constrain
 
 
 class Linear(nnx.Module):
@@ -22,7 +23,7 @@ class Linear(nnx.Module):
 
     def __init__(self, init: Initializer, path, config: ModelConfig, kernels, shape, axes, std):
         layers = config.n_layers
-        self.flat = kernels.linear == "flat"
+        self.flat, self.axes = kernels.linear == "flat", axes
         self.name = path.rpartition(".")[2]  # what a remat policy calls the output
         self.weight = init.normal(f"{path}.weight", (layers, *shape), ("layer", *axes), std)
         self.bias = (
@@ -30,7 +31,7 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x):
-        y = linear(x, self.weight[...], flat=self.flat)
+        y = linear(x, self.weight[...], self.axes, self.flat)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return checkpoint_name(y, self.name)
@@ -89,7 +90,12 @@ class Attention(nnx.Module):
         """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
         cache (a pair of (B, K, S, C)) with this call's written at mask.offset. rope is None where
         nothing is rotated."""
+        # Whole along `tensor` here: otherwise each projection would gather it for itself.
+        x_BTD = constrain(x_BTD, "batch", "time", None)
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        # A device's heads are its columns of the projections, as attention takes them.
+        q = constrain(q, "batch", "time", "heads")
+        k, v = (constrain(a, "batch", "time", "kv_heads") for a in (k, v))
         if self.clip is not None:
             q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -128,9 +134,11 @@ class MLP(nnx.Module):
         self.down = make("down", (f, d), ("mlp", "embed"), out_std)
 
     def __call__(self, x_BTD):
+        x_BTD = constrain(x_BTD, "batch", "time", None)  # as in Attention
         up_BTF = self.up(x_BTD)
         if self.gate is not None:
             hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
         else:
             hidden_BTF = jax.nn.gelu(up_BTF, approximate=self.kind == "gelu_tanh")
-        return self.down(hidden_BTF)
+        # A device keeps its part of the width from `up` to `down`.
+        return self.down(constrain(hidden_BTF, "batch", "time", "mlp"))

@@ -15,8 +15,10 @@ from olmo_jax.model.layers import MLP, Attention, Norm
 from olmo_jax.model.presets import preset
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.ops.attention import AttentionMask, alibi_slopes
+from olmo_jax.ops.embedding import embedding
 from olmo_jax.ops.experts import RouterSums
 from olmo_jax.ops.kernels import Kernels, pick_kernels
+from olmo_jax.parallel.sharding import constrain
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,11 +28,18 @@ _REMAT_POLICIES = {
 }
 
 
+def residual(x_BTD):
+    """A sublayer's output, or the residual stream, where it lives on a mesh: cut along positions
+    over `tensor` too, so that the sublayer's partial sums are added up and cut at once, and the
+    stream that each layer keeps for the backward pass is a part."""
+    return constrain(x_BTD, "batch", "residual_time", None)
+
+
 class Block(nnx.Module):
     """One layer, attention then MLP, each with its norm and its residual add."""
 
     def __init__(self, init: Initializer, config: ModelConfig, kernels: Kernels):
-        shape, axes = (config.n_layers, config.d_model), ("layer", "embed")
+        shape, axes = (config.n_layers, config.d_model), ("layer", "norm")
         self.attention = Attention(init, "layers.attention", config, kernels)
         mlp = Experts if config.n_experts else MLP
         self.mlp = mlp(init, "layers.mlp", config, kernels)
@@ -43,9 +52,10 @@ class Block(nnx.Module):
         router's sums (see Experts; None without experts or weights)."""
         if self.pre:
             attended, kv = self.attention(self.attention_norm(x_BTD), rope, mask, cache)
+            attended = residual(attended)
         else:
             attended, kv = self.attention(x_BTD, rope, mask, cache)
-            attended = self.attention_norm(attended)
+            attended = self.attention_norm(residual(attended))
         h_BTD = x_BTD + attended
         mlp_in, sums = x_BTD if self.parallel else h_BTD, None
         mlp_in = self.mlp_norm(mlp_in) if self.pre else mlp_in
@@ -53,6 +63,7 @@ class Block(nnx.Module):
             y_BTD, sums = self.mlp(mlp_in, weights_BT)
         else:
             y_BTD = self.mlp(mlp_in)
+        y_BTD = residual(y_BTD)
         return h_BTD + (y_BTD if self.pre else self.mlp_norm(y_BTD)), kv, sums
 
 
@@ -74,7 +85,7 @@ class Transformer(nnx.Module):
         embed_std = config.embedding_init_std or std
         self.embed = Table(init, "embed", (config.rows, d), ("vocab", "embed"), embed_std)
         self.layers = Block(init, config, self.kernels)
-        self.final_norm = Norm(init, config, (d,), ("embed",))
+        self.final_norm = Norm(init, config, (d,), ("norm",))
         self.lm_head = (
             None
             if config.tie_embeddings
@@ -89,8 +100,7 @@ class Transformer(nnx.Module):
 
     def embedded(self, tokens_BT) -> jax.Array:
         """The residual stream before the first layer."""
-        table = self.embed.weight[...]
-        return jnp.take(table, tokens_BT, axis=0).astype(self.config.compute_dtype)
+        return residual(embedding(self.embed.weight[...], tokens_BT, self.config.compute_dtype))
 
     def hidden(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
         """The final norm's output, (B, T, D), in the compute type."""

@@ -10,14 +10,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from olmo_jax.ops.attention_context import attention_in_parts
 from olmo_jax.ops.attention_form import fused
 from olmo_jax.ops.attention_mask import AttentionMask, alibi_slopes, scores
 from olmo_jax.ops.kernels import Kernels
 from olmo_jax.parallel.mesh import current_mesh
-from olmo_jax.parallel.sharding import spec_of
+from olmo_jax.parallel.sharding import cuts
 
 __all__ = ["AttentionMask", "alibi_slopes", "attention", "attention_cached"]
 
@@ -35,16 +35,15 @@ def attention(
     if mesh is None:
         return _on_one_device(q_BTHC, k_BSKC, v_BSKC, mask, kernels)
     tensor, K = mesh.shape["tensor"], k_BSKC.shape[2]
-    q_spec = spec_of(mesh, ("batch", "time", "heads", None), q_BTHC.shape)
+    rows, time, heads, _ = cuts(mesh, ("batch", "time", "heads", None), q_BTHC.shape)
     # Fewer key heads than devices are whole on each, which takes the one that its queries need.
-    few = bool(q_spec[2]) and K % tensor != 0
+    few = bool(heads) and K % tensor != 0
     assert not few or tensor % K == 0, (tensor, K)  # refused at the start
-    k_spec = PartitionSpec(*q_spec[:2], None if few else q_spec[2], None)
-    ids = PartitionSpec(*q_spec[:2])
+    q_spec, k_spec = P(rows, time, heads, None), P(rows, time, () if few else heads, None)
     mask_specs = AttentionMask(
         mask.window,
-        None if mask.segment_ids_BT is None else ids,  # type: ignore[arg-type]
-        None if mask.slopes_H is None else PartitionSpec(q_spec[2]),  # type: ignore[arg-type]
+        None if mask.segment_ids_BT is None else P(rows, time),  # type: ignore[arg-type]
+        None if mask.slopes_H is None else P(heads),  # type: ignore[arg-type]
     )
 
     @partial(
@@ -59,7 +58,7 @@ def attention(
             k_BSKC, v_BSKC = (
                 lax.dynamic_slice_in_dim(a, head, 1, axis=2) for a in (k_BSKC, v_BSKC)
             )
-        if q_spec[1]:
+        if time:
             return attention_in_parts(q_BTHC, k_BSKC, v_BSKC, mask, kernels)
         return _on_one_device(q_BTHC, k_BSKC, v_BSKC, mask, kernels)
 

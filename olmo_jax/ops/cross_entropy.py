@@ -10,6 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from olmo_jax.parallel.mesh import current_mesh
+from olmo_jax.parallel.sharding import cuts
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -26,39 +30,80 @@ def cross_entropy(
     weights_BT is the loss mask divided by the global number of counted labels, so that sums over
     micro-batches and devices are the global mean. total = cross_entropy + z_loss; only it carries
     gradients, to x and w. z_loss is weight · log(Z)² (PaLM, section 5). chunk_tokens bounds the
-    tokens whose logits exist at once.
+    tokens whose logits exist at once on a device; where the vocabulary is cut over `tensor`, a
+    device makes the logits of its part, and only maxima and sums over them travel.
     """
     (total, parts), _ = _run(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk_tokens, False)
     return total, parts
 
 
 def _run(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk_tokens, with_gradient: bool):
-    """Loss and, if asked, its gradients. Chunks run along T, so a sharded B stays where it is."""
+    """((total, parts), gradients of x and w, None if not asked for)."""
+    run = partial(
+        _on_one_device, z_loss=z_loss, chunk_tokens=chunk_tokens, with_gradient=with_gradient
+    )
+    mesh = current_mesh()
+    if mesh is None:
+        return run(x_BTD, w_DV, targets_BT, weights_BT)
+    rows, time = cuts(mesh, ("batch", "time"), targets_BT.shape)
+    embed, vocab = cuts(mesh, ("embed", "vocab"), w_DV.shape)
+    embed = tuple(axis for axis in embed if axis in rows + time)
+    w, tokens, x = P(embed, vocab), P(rows, time), P(rows, time, None)
+    on_each_device = jax.shard_map(
+        partial(run, vocab=vocab, embed=embed, tokens=rows + time),
+        in_specs=(x, w, tokens, tokens),
+        out_specs=((P(), (P(), P())), (x, w) if with_gradient else None),
+        check_vma=False,
+    )
+    return on_each_device(x_BTD, w_DV, targets_BT, weights_BT)
+
+
+def _on_one_device(
+    x_BTD,
+    w_DV,
+    targets_BT,
+    weights_BT,
+    *,
+    z_loss: float,
+    chunk_tokens: int,
+    with_gradient: bool,
+    vocab: tuple[str, ...] = (),
+    embed: tuple[str, ...] = (),
+    tokens: tuple[str, ...] = (),
+):
+    """As `_run`. Mesh axes that cut w's columns (vocab), its rows (embed, all of which cut the
+    tokens too), and the tokens."""
     B, T, D = x_BTD.shape
-    V = w_DV.shape[1]
-    n_chunks = max(1, -(-B * T // chunk_tokens))
-    n_chunks = min(n_chunks, T)
-    step = -(-T // n_chunks)
-    pad = n_chunks * step - T
+    w = w_DV.astype(x_BTD.dtype)  # before the gather: half the bytes
+    if embed:
+        w = lax.all_gather(w, embed, axis=0, tiled=True)
+    V = w.shape[1]
+    first = lax.axis_index(vocab) * V if vocab else 0
+    n_chunks = -(-B * T // chunk_tokens)
+    step = -(-B * T // n_chunks)
 
-    def chunked(a):  # (B, T, ...) -> (chunks, B, step, ...); padding has weight 0
-        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return a.reshape(B, n_chunks, step, *a.shape[2:]).swapaxes(0, 1)
+    def chunked(a):  # (B, T, …) -> (chunks, step, …); padding has weight 0
+        a = a.reshape(B * T, *a.shape[2:])
+        a = jnp.pad(a, ((0, n_chunks * step - B * T), *((0, 0),) * (a.ndim - 1)))
+        return a.reshape(n_chunks, step, *a.shape[1:])
 
-    w = w_DV.astype(x_BTD.dtype)
+    def over_vocabulary(combine, a):
+        return combine(a, vocab) if vocab else a
 
     def body(carry, chunk):
         ce, z, dw = carry
-        x, targets, weight = chunk
-        x_ND, target_N1, weight_N = x.reshape(-1, D), targets.reshape(-1, 1), weight.reshape(-1)
+        x_ND, target_N, weight_N = chunk
         logits_NV = jnp.dot(x_ND, w, preferred_element_type=jnp.float32)
         # An iota comparison, not a scatter: XLA:CPU runs that one row at a time.
+        target_N1 = target_N[:, None] - first
         is_target_NV = lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1) == target_N1
-        max_N1 = jnp.max(logits_NV, axis=1, keepdims=True)
+        max_N1 = over_vocabulary(lax.pmax, jnp.max(logits_NV, axis=1, keepdims=True))
         exp_NV = jnp.exp(logits_NV - max_N1)
-        sum_N1 = jnp.sum(exp_NV, axis=1, keepdims=True)
+        sum_N1 = over_vocabulary(lax.psum, jnp.sum(exp_NV, axis=1, keepdims=True))
         lse_N = (jnp.log(sum_N1) + max_N1)[:, 0]
-        target_logit_N = jnp.take_along_axis(logits_NV, target_N1, axis=1)[:, 0]
+        inside_N1 = (target_N1 >= 0) & (target_N1 < V)
+        own_N1 = jnp.take_along_axis(logits_NV, jnp.where(inside_N1, target_N1, 0), axis=1)
+        target_logit_N = over_vocabulary(lax.psum, jnp.where(inside_N1, own_N1, 0)[:, 0])
         ce += jnp.sum(weight_N * (lse_N - target_logit_N))
         z += jnp.sum(weight_N * jnp.square(lse_N))
         if not with_gradient:
@@ -66,18 +111,25 @@ def _run(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk_tokens, with_gradien
         # d total / d logits = weight · (p (1 + 2 z log Z) - onehot)
         p_scale_N1 = (weight_N * (1.0 + 2.0 * z_loss * lse_N))[:, None] / sum_N1
         d_NV = exp_NV * p_scale_N1 - jnp.where(is_target_NV, weight_N[:, None], 0.0)
-        d_NV = d_NV.astype(x.dtype)
-        dx_ND = jnp.dot(d_NV, w.T)
+        d_NV = d_NV.astype(x_ND.dtype)
+        dx_ND = over_vocabulary(lax.psum, jnp.dot(d_NV, w.T))
         dw += jnp.dot(x_ND.T, d_NV, preferred_element_type=jnp.float32)
-        return (ce, z, dw), dx_ND.reshape(x.shape)
+        return (ce, z, dw), dx_ND
 
     zero = jnp.zeros((), jnp.float32)
     dw_0 = jnp.zeros((D, V), jnp.float32) if with_gradient else None
     chunks = jax.tree.map(chunked, (x_BTD, targets_BT, weights_BT))
     (ce, z, dw_DV), dx = lax.scan(body, (zero, zero, dw_0), chunks)
-    if with_gradient:
-        dx = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return (ce + z_loss * z, (ce, z_loss * z)), (dx, dw_DV)
+    if tokens:
+        ce, z = lax.psum((ce, z), tokens)
+    out = (ce + z_loss * z, (ce, z_loss * z))
+    if not with_gradient:
+        return out, None
+    if embed:
+        dw_DV = lax.psum_scatter(dw_DV, embed, scatter_dimension=0, tiled=True)
+    others = tuple(axis for axis in tokens if axis not in embed)
+    dw_DV = lax.psum(dw_DV, others) if others else dw_DV
+    return out, (dx.reshape(-1, D)[: B * T].reshape(B, T, D), dw_DV)
 
 
 def _forward(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk_tokens):

@@ -41,6 +41,7 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     expert: tuple[str, ...] = ("expert",)
+    router: tuple[str, ...] = ()  # every device routes its own tokens to all experts
 
     batch: tuple[str, ...] = ("slice", "data", "fsdp", "expert")
     time: tuple[str, ...] = ("context",)
@@ -51,11 +52,11 @@ RULES = Rules()
 BATCH_AXES = RULES.batch
 
 
-def spec_of(
+def cuts(
     mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]
-) -> PartitionSpec:
-    """How an array with these logical axes (None: whole) and this shape is cut."""
-    spec: list[tuple[str, ...]] = []
+) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that cut each dimension of an array with these logical axes (None: whole)."""
+    found: list[tuple[str, ...]] = []
     used: set[str] = set()
     for name, size in zip(axes, shape, strict=True):
         taken: list[str] = []
@@ -66,13 +67,13 @@ def spec_of(
                 taken.append(axis)
                 parts *= n
         used |= set(taken)
-        spec.append(tuple(taken))
-    return PartitionSpec(*spec)
+        found.append(tuple(taken))
+    return tuple(found)
 
 
 def weight_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
     """The sharding of a weight with these logical axis names and this shape."""
-    return NamedSharding(mesh, spec_of(mesh, axes, shape))
+    return NamedSharding(mesh, PartitionSpec(*cuts(mesh, axes, shape)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -80,7 +81,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = current_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(mesh, axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*cuts(mesh, axes, x.shape)))
 
 
 def gathered(w: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -5,6 +5,7 @@ Tasks (questions with answers) are `eval/`'s; it hands its own evaluators to the
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +25,9 @@ from olmo_jax.data.token_files import (
 from olmo_jax.data.tokenizer import token_bytes
 from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import Transformer
+from olmo_jax.parallel.mesh import on_mesh
 from olmo_jax.parallel.sharding import batch_parts, to_global
-from olmo_jax.train.step import loss_function
+from olmo_jax.train.step import laid_out, loss_function
 
 _BLOCK = 1 << 20  # tokens looked at together
 
@@ -77,7 +79,7 @@ class HeldOut:
         # Before any training, so that an id that is no token's is not met at the first evaluation.
         bytes_V = None if tokenizer is None else token_bytes(tokenizer)
         self.bytes = [_count_bytes(file, vocab_size, bytes_V) for file in self.files]
-        self._score = jax.jit(_score)
+        self._score = jax.jit(partial(_score, mesh))
 
     def __call__(self, model: Transformer, step: int) -> Evaluation:
         """heldout/loss (nats a token), heldout/perplexity, heldout/bits_per_byte."""
@@ -143,8 +145,10 @@ def _count_bytes(file: TokenFile, vocab_size: int, bytes_V: np.ndarray | None) -
     return n_bytes
 
 
-def _score(model: Transformer, batch: Batch) -> jax.Array:
+def _score(mesh: Mesh, model: Transformer, batch: Batch) -> jax.Array:
     """Summed cross-entropy of the counted tokens, in nats."""
-    weights_BT = batch.loss_mask_BT.astype(np.float32)
-    _, losses = loss_function(model, batch, weights_BT, 0.0)
+    with on_mesh(mesh):
+        batch = laid_out(batch)
+        weights_BT = batch.loss_mask_BT.astype(np.float32)
+        _, losses = loss_function(model, batch, weights_BT, 0.0)
     return losses.loss

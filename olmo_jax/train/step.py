@@ -16,7 +16,15 @@ from olmo_jax.data.batch import Batch
 from olmo_jax.model.transformer import Transformer, bind, parameter_axes, parameters
 from olmo_jax.ops.cross_entropy import cross_entropy
 from olmo_jax.ops.experts import RouterSums, load_balancing_loss, router_z_loss
-from olmo_jax.parallel.sharding import batch_sharding, replicated, weight_sharding
+from olmo_jax.parallel.mesh import on_mesh
+from olmo_jax.parallel.sharding import (
+    axis_size,
+    batch_sharding,
+    constrain,
+    replicated,
+    weight_sharding,
+    zigzag,
+)
 from olmo_jax.train.optimizer import (
     OptimizerConfig,
     SkipState,
@@ -48,6 +56,23 @@ class Losses(NamedTuple):
     """log(Z)² times its weight."""
     router: RouterSums | None
     """Of every layer, where there are experts."""
+
+
+def laid_out(batch: Batch) -> Batch:
+    """The batch as the devices of the mesh in use (`on_mesh`) take it: each its part of every row.
+
+    Tokens move to the zigzag order, and with them, the shift being done, their targets, mask,
+    documents and true positions; of a loss, a sum over tokens, nothing changes. Row numbers stay.
+    """
+    parts, T = axis_size("context"), batch.tokens_BT.shape[1]
+    if parts > 1:
+        order = zigzag(T, parts)
+        positions_BT = batch.positions_BT
+        if positions_BT is None:
+            positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), batch.tokens_BT.shape)
+        batch = batch._replace(positions_BT=positions_BT)
+        batch = jax.tree.map(lambda a: jnp.take(a, order, axis=1), batch)
+    return jax.tree.map(lambda a: constrain(a, "batch", "time"), batch)
 
 
 def loss_function(
@@ -171,7 +196,8 @@ class Trainer:
         A step that is skipped, or whose loss or gradient norm is not finite, leaves parameters and
         optimizer state as they were.
         """
-        (loss, z_loss, router), grads = self._gradients(state.params, batch)
+        with on_mesh(self.mesh):
+            (loss, z_loss, router), grads = self._gradients(state.params, laid_out(batch))
         grad_norm = optax.global_norm(grads)
         skip, skip_state = skip_step(self.optimizer, state.skip, loss, grad_norm)
         scale = clip_scale(grad_norm, clip_norm)
@@ -205,7 +231,9 @@ class Trainer:
             return micro(batch)
         # Micro-batch i takes rows i, i + n, …: every device has its share of each.
         split = jax.tree.map(
-            lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1),
+            lambda a: constrain(
+                a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), None, "batch", "time"
+            ),
             batch,
         )
 

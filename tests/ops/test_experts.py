@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.ops import experts as ops
+from olmo_jax.ops import experts_grouped as ops
 from olmo_jax.ops.experts import Routing, experts, load_balancing_loss, route, router_sums
 
 FORMS = ["grouped", "ragged"]
@@ -26,7 +26,8 @@ def value_and_gradients(form, x_ND, logits_NE, weights, A, normalize=False):
     """y, and the gradients of a bent sum of it to x, logits and weights, in float32."""
 
     def total(x_ND, logits_NE, weights):
-        y_ND = experts(x_ND, route(logits_NE, A, normalize), *weights, form).astype(jnp.float32)
+        routing = route(logits_NE, A, normalize)[:2]
+        y_ND = experts(x_ND, *routing, *weights, form).astype(jnp.float32)
         return jnp.sum(jnp.sin(y_ND + jnp.arange(y_ND.shape[0])[:, None])), y_ND
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
@@ -55,7 +56,7 @@ def test_a_fast_form_equals_the_reference_in_bfloat16(form):
     x_ND, logits_NE, weights = case(96, 5, 2, dtype=jnp.bfloat16)
     exact = value_and_gradients("reference", x_ND.astype(jnp.float32), logits_NE, weights, 2)
     found = value_and_gradients(form, x_ND, logits_NE, weights, 2)
-    assert experts(x_ND, route(logits_NE, 2, False), *weights, form).dtype == jnp.bfloat16
+    assert experts(x_ND, *route(logits_NE, 2, False)[:2], *weights, form).dtype == jnp.bfloat16
     assert_same(found, exact, 1e-2)
 
 
@@ -134,4 +135,4 @@ def test_experts_with_chosen_weights_of_zero_add_nothing():
     routing = route(logits_NE, 2, False)
     nothing = Routing(jnp.zeros_like(routing.weights_NA), *routing[1:])
     for form in FORMS:
-        assert not np.any(experts(x_ND, nothing, *weights, form))
+        assert not np.any(experts(x_ND, *nothing[:2], *weights, form))

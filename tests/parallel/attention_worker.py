@@ -1,4 +1,4 @@
-"""Attention of sequences cut over devices, against the reference on whole ones; run on 8 devices."""
+"""Attention of sequences cut over eight devices, against the reference on whole ones."""
 
 import jax
 import jax.numpy as jnp
