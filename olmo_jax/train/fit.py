@@ -5,7 +5,7 @@ What a mesh itself can be is parallel/mesh.py's; whether it all fits in memory, 
 
 from collections.abc import Collection
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
@@ -13,7 +13,7 @@ from olmo_jax.parallel.sharding import batch_parts
 
 
 def refuse_misfit(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     model: ModelConfig,
     sequence_length: int,
     batch_sizes: Collection[int] = (),
