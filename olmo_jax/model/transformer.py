@@ -11,7 +11,7 @@ from flax import nnx
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.experts import Experts
 from olmo_jax.model.init import Initializer, input_std
-from olmo_jax.model.layers import MLP, Attention, Norm
+from olmo_jax.model.layers import MLP, Attention, Norm, residual
 from olmo_jax.model.presets import preset
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.ops.attention import AttentionMask, alibi_slopes
@@ -56,7 +56,7 @@ class Block(nnx.Module):
         else:
             attended, kv = self.attention(x_BTD, rope, mask, cache)
             attended = self.attention_norm(residual(attended))
-        h_BTD = x_BTD + attended
+        h_BTD = residual(x_BTD + attended)
         mlp_in, sums = x_BTD if self.parallel else h_BTD, None
         mlp_in = self.mlp_norm(mlp_in) if self.pre else mlp_in
         if isinstance(self.mlp, Experts):
@@ -64,7 +64,8 @@ class Block(nnx.Module):
         else:
             y_BTD = self.mlp(mlp_in)
         y_BTD = residual(y_BTD)
-        return h_BTD + (y_BTD if self.pre else self.mlp_norm(y_BTD)), kv, sums
+        y_BTD = y_BTD if self.pre else self.mlp_norm(y_BTD)
+        return residual(h_BTD + y_BTD), kv, sums
 
 
 class Table(nnx.Module):
@@ -141,7 +142,7 @@ class Transformer(nnx.Module):
             grouped = jax.tree.map(lambda a: a.reshape(-1, len(pattern), *a.shape[1:]), weights)
             x_BTD, sums = jax.lax.scan(group, x_BTD, grouped)
             sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums)
-        return self.final_norm(x_BTD), sums
+        return residual(self.final_norm(x_BTD)), sums
 
     def logits(self, x_BTD) -> jax.Array:
         """The head's float32 logits (B, T, V) of the final norm's output."""

@@ -4,7 +4,7 @@ The choice is a frozen value that travels with the model, so that a plan made on
 picks what the TPU would run.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 
@@ -112,20 +112,20 @@ def _tpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> 
     if alibi:
         return _blocked("splash does not add ALiBi's slopes")
     kind = _KINDS.get(device_kind, device_kind)
-    blocks, notes = _SPLASH.get(kind), ()
+    blocks, notes = _SPLASH.get(kind), tuple[str, ...]()
     if blocks is None:
         blocks = SplashBlocks()
         notes = (f"attention: blocks of 512, since none are known for {device_kind or 'this TPU'}",)
     # Vector memory is what bounds a block: its bytes stay those of 128 x bfloat16.
     shrink = -(-head_width // 128) * (2 if compute_dtype == "float32" else 1)
     if shrink > 1:
-        blocks = SplashBlocks(*(max(128, n // shrink) for n in _sizes(blocks)), blocks.fused)
+        sizes = {name: max(128, n // shrink) for name, n in _sizes(blocks).items()}
+        blocks = replace(blocks, **sizes)
     return Kernels(attention="splash", splash=blocks, notes=notes)
 
 
-def _sizes(blocks: SplashBlocks) -> tuple[int, ...]:
-    b = blocks
-    return b.q, b.kv, b.kv_compute, b.q_back, b.kv_back, b.kv_back_compute
+def _sizes(blocks: SplashBlocks) -> dict[str, int]:
+    return {name: size for name, size in asdict(blocks).items() if name != "fused"}
 
 
 def _gpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> Kernels:

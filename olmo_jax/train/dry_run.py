@@ -9,6 +9,7 @@ from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import kernels_for
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.train.config import RunConfig
+from olmo_jax.train.fit import refuse_misfit
 from olmo_jax.train.flops import flops_per_token
 from olmo_jax.train.plan import Plan
 
@@ -22,6 +23,7 @@ def describe(run: RunConfig) -> str:
     instances = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     try:
         mesh = build_mesh(run.mesh)
+        refuse_misfit(mesh, run.model, T, plan.batch_sizes, run.train.micro_batch_size)
         device = mesh.devices.flat[0]
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         where = f"{axes or 'one device'} ({mesh.devices.size} x {device.device_kind})"
