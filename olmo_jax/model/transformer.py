@@ -18,7 +18,6 @@ from olmo_jax.ops.attention import AttentionMask, alibi_slopes
 from olmo_jax.ops.embedding import embedding
 from olmo_jax.ops.experts import RouterSums
 from olmo_jax.ops.kernels import Kernels, pick_kernels
-from olmo_jax.parallel.sharding import constrain
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,13 +25,6 @@ _REMAT_POLICIES = {
         "q", "k", "v", "context", "context_log_sum", "out", "router", "gate", "down"
     ),
 }
-
-
-def residual(x_BTD):
-    """A sublayer's output, or the residual stream, where it lives on a mesh: cut along positions
-    over `tensor` too, so that the sublayer's partial sums are added up and cut at once, and the
-    stream that each layer keeps for the backward pass is a part."""
-    return constrain(x_BTD, "batch", "residual_time", None)
 
 
 class Block(nnx.Module):

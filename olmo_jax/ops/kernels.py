@@ -5,7 +5,7 @@ picks what the TPU would run.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ def _tpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> 
     # Vector memory is what bounds a block: its bytes stay those of 128 x bfloat16.
     shrink = -(-head_width // 128) * (2 if compute_dtype == "float32" else 1)
     if shrink > 1:
-        sizes = {name: max(128, n // shrink) for name, n in _sizes(blocks).items()}
+        sizes: dict[str, Any] = {name: max(128, n // shrink) for name, n in _sizes(blocks).items()}
         blocks = replace(blocks, **sizes)
     return Kernels(attention="splash", splash=blocks, notes=notes)
 
 
-def _sizes(blocks: SplashBlocks) -> dict[str, int]:
+def _sizes(blocks: SplashBlocks) -> dict[str, Any]:
     return {name: size for name, size in asdict(blocks).items() if name != "fused"}
 
 
