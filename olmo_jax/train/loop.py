@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,12 +34,13 @@ from olmo_jax.parallel.xla_flags import set_flags
 from olmo_jax.storage import is_remote, location
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
+from olmo_jax.train.fit import refuse_misfit
 from olmo_jax.train.metrics import MetricsWriter, NoMetrics
 from olmo_jax.train.plan import Plan
 from olmo_jax.train.profile import Profile
 from olmo_jax.train.progress import Progress
 from olmo_jax.train.resume import refuse_changes, refuse_gap
-from olmo_jax.train.start import check_mesh, initial_state, read_tokenizer, write_facts
+from olmo_jax.train.start import initial_state, read_tokenizer, write_facts
 from olmo_jax.train.step import Trainer, TrainState
 from olmo_jax.train.step_log import StepLog
 
@@ -126,8 +128,15 @@ class _Loop:
                 "olmo_jax.parallel.processes.initialize(): call that in place of "
                 "jax.distributed.initialize()"
             )
-        check_mesh(run, self.plan, self.mesh)
+        refuse_misfit(
+            self.mesh,
+            run.model,
+            run.data.sequence_length,
+            self.plan.batch_sizes,
+            run.train.micro_batch_size,
+        )
         kernels = kernels_for(run.model, self.mesh.devices.flat[0])
+        kernels = replace(kernels, context=run.mesh.context_form)
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size

@@ -1,4 +1,4 @@
-"""How a run starts: what its mesh must divide, its first state, and the files that explain it.
+"""How a run starts: its first state, and the files that explain it.
 
 Going on from a checkpoint is resume.py's and checkpoint/'s.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import RunFolder, find_checkpoint
@@ -20,38 +19,13 @@ from olmo_jax.convert.load import load_sharded
 from olmo_jax.convert.source import saved_model
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.tokenizer import load_tokenizer
-from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import Transformer, parameters
 from olmo_jax.parallel.environment import environment
-from olmo_jax.parallel.sharding import batch_parts
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
-from olmo_jax.train.plan import Plan
 from olmo_jax.train.step import Trainer, TrainState
 
 log = logging.getLogger("olmo_jax.train")
-
-
-def check_mesh(run: RunConfig, plan: Plan, mesh: Mesh) -> None:
-    """UserError when the model or a batch does not divide over the mesh."""
-    shards, experts = mesh.shape["expert"], run.model.n_experts
-    if shards > 1 and (not experts or experts % shards):
-        raise UserError(
-            f"Mesh.expert = {shards}: the model has {experts} experts; give a divisor of their "
-            "number, or 1"
-        )
-    parts, micro = batch_parts(mesh), run.train.micro_batch_size
-    for size in plan.batch_sizes:
-        if size % parts:
-            raise UserError(
-                f"Data.batch_size = {size} does not divide over the mesh's {parts} batch parts "
-                f"(slice x data x fsdp): give a multiple of {parts}, or another mesh"
-            )
-        if micro and (size % micro or micro % parts):
-            raise UserError(
-                f"Train.micro_batch_size = {micro} must divide Data.batch_size = {size} and be "
-                f"a multiple of the mesh's {parts} batch parts"
-            )
 
 
 def initial_state(run: RunConfig, trainer: Trainer) -> TrainState:
