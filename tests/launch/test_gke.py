@@ -8,6 +8,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from launch_scripts import load
+from olmo_jax.parallel.processes import Cluster, find_cluster
 
 gke = load("gke")
 BASE = ["--name=olmo", "--image=reg/olmo:1"]
@@ -151,6 +152,14 @@ def test_a_slice_has_a_pod_for_each_host_and_its_chips(
     assert job["parallelism"] == job["completions"] == hosts
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert hosts * chips == math.prod(map(int, topology.split("x")))
+
+
+def test_the_pods_meet_at_the_first_pod():
+    """Their variables are those that olmo-jax reads; Kubernetes adds JOB_COMPLETION_INDEX."""
+    spec = gke.jobset(gke.parse(GPU))["spec"]["replicatedJobs"][0]["template"]["spec"]
+    variables = spec["template"]["spec"]["containers"][0]["env"]
+    pod = {v["name"]: v["value"] for v in variables} | {"JOB_COMPLETION_INDEX": "3"}
+    assert find_cluster(pod) == Cluster("olmo-workers-0-0.olmo:8476", spec["completions"], 3)
 
 
 @pytest.mark.parametrize("options", [TPU, GPU])
