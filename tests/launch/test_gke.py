@@ -8,7 +8,6 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from launch_scripts import load
-from olmo_jax.parallel.processes import Cluster, find_cluster
 
 from olmo_jax.parallel.processes import Cluster, find_cluster
 
