@@ -26,7 +26,7 @@ STATE = {
 }
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def bucket(request):
     with SERVERS[request.param]() as variables, faulty(variables) as (led, faults):
         with pytest.MonkeyPatch.context() as patch:

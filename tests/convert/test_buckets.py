@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def bucket(request, folder):
     """A server with those folders: its protocol, and the variables that lead to it."""
     with SERVERS[request.param]() as variables:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def bucket(request, folder):
     """The protocol and the faults of a server that has the files, with this process led there."""
     with SERVERS[request.param]() as variables, faulty(variables) as (led, faults):
