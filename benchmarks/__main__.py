@@ -1,6 +1,6 @@
 """Runs every comparison, contenders in turn, each in a fresh process; prints tables, keeps JSON.
 
-python -m benchmarks [--rounds=3] [--only=train|generate|convert|start_up] [--shape=85M]
+python -m benchmarks [--rounds=3] [--only=train|experts|generate|convert|start_up] [--shape=85M]
 """
 
 import argparse
@@ -81,6 +81,28 @@ def train(shape: str, rounds: int, steps: int = 5) -> dict:
             f"share of the machine's own sgemm rate ({max(rates):.0f} GFLOP/s): "
             f"{rate / max(rates):.0%}"
         )
+    return out
+
+
+def experts(rounds: int, steps: int = 8) -> dict:
+    """A training step of a model with experts against the dense one's, per FLOP of what is active:
+    4 experts, 2 a token, and 64, 8 a token, each at two widths."""
+    out: dict = {"rounds": rounds, "batch": BATCH, "length": LENGTH}
+    table = Table("", "s a step", "per active FLOP, dense = 1", title="experts")
+    for width in (128, 256):
+        shapes = [f"{name} {width}" for name in ("dense", "4 experts", "64 experts")]
+        figures: dict[str, list[dict]] = {shape: [] for shape in shapes}
+        for _ in range(rounds):
+            for shape in shapes:
+                figures[shape].append(worker("train", "olmo_jax", shape, str(steps)))
+        flops = {shape: step_flops(shape, BATCH, LENGTH) for shape in shapes}
+        result = {shape: medians(rows) for shape, rows in figures.items()}
+        dense = result[shapes[0]]["seconds"] / flops[shapes[0]]
+        for shape in shapes:
+            ratio = result[shape]["seconds"] / flops[shape] / dense
+            out[shape] = result[shape] | {"ratio": ratio}
+            table.add_row(shape, f"{result[shape]['seconds']:.3f}", f"{ratio:.2f}")
+    Console().print(table)
     return out
 
 
@@ -167,13 +189,14 @@ def start_up() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("train", "generate", "convert", "start_up"))
+    parser.add_argument("--only", choices=("train", "experts", "generate", "convert", "start_up"))
     parser.add_argument("--shape", choices=tuple(SHAPES), help="only this one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
     options = parser.parse_args()
     shapes = (options.shape,) if options.shape else ("demo", "85M")
     parts = {
         "train": lambda: train(options.shape or "85M", options.rounds),
+        "experts": lambda: experts(options.rounds),
         "generate": lambda: generate(options.rounds, shapes),
         "convert": lambda: convert(options.shape or "olmo2_1b", options.rounds),
         "start_up": start_up,

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.presets import preset
@@ -22,6 +23,25 @@ for _layers in (16, 32):  # the same width, twice the depth
     SHAPES[f"{_layers} layers"] = ModelConfig(
         vocab_size=1024, d_model=1024, n_layers=_layers, n_heads=8, mlp_width=2816
     )
+for _d in (128, 256):  # experts, and dense models of the same FLOPs a token
+    _shape = ModelConfig(
+        vocab_size=2048,
+        d_model=_d,
+        n_layers=4,
+        n_heads=_d // 32,
+        mlp_width=4 * _d,
+        norm_place="pre",
+    )
+    SHAPES[f"dense {_d}"] = _shape
+    for _n, _active in ((4, 2), (64, 8)):
+        SHAPES[f"{_n} experts {_d}"] = replace(
+            _shape,
+            n_experts=_n,
+            experts_per_token=_active,
+            mlp_width=4 * _d // _active,
+            load_balancing_loss=0.01,
+            router_z_loss=1.25e-4,
+        )
 BATCH, LENGTH = 4, 512
 
 
@@ -35,9 +55,10 @@ def transformers_config(shape: str):
 
 
 def step_flops(shape: str, batch: int, length: int) -> float:
-    """6 FLOPs a token and weight (without the embedding table), and attention's causal half."""
+    """6 FLOPs a token and weight that it meets (without the embedding table), and attention's
+    causal half."""
     config = SHAPES[shape]
-    weights = 6 * config.parameter_count(embedding=False)
+    weights = 6 * config.parameter_count(embedding=False, active=True)
     attention = 6 * config.n_layers * length * config.d_model
     return (weights + attention) * batch * length
 

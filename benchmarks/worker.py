@@ -186,7 +186,7 @@ def convert(how: str, folder: str) -> dict:
 
 
 def main(what: str, program: str, shape: str = "", last: str = "") -> None:
-    if program == "olmo_jax":  # as the command line does
+    if program == "olmo_jax" or program.startswith("to_"):  # as the command line does
         from olmo_jax.parallel.runtime import configure
 
         configure()

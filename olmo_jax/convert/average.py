@@ -34,7 +34,7 @@ class MeanSource:
     first's. UserError when they are not of one architecture."""
 
     def __init__(self, sources: Sequence[Source], paths: Sequence[str | Path]):
-        self._sources = sources
+        self._sources, self.names = sources, [Path(path).name for path in paths]
         first = sources[0]
         self.config, self.eos_token_id, self.files = first.config, first.eos_token_id, first.files
         for source, path in zip(sources, paths, strict=True):

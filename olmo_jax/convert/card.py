@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from olmo_jax.convert.average import MeanSource
 from olmo_jax.convert.run_facts import RunFacts
 from olmo_jax.convert.source import Source
 from olmo_jax.model.config import ModelConfig
@@ -66,6 +67,7 @@ def model_card(source: Source, class_name: str) -> str:
         class_name=class_name,
         parameters=f"{count:,}",
         active=f"{config.parameter_count(active=True):,}" if config.n_experts else "",
+        averaged=source.names if isinstance(source, MeanSource) else [],
         has_tokenizer="tokenizer.json" in source.files,
         architecture=_architecture(config),
         training=list(_training(facts)) if facts else [],

@@ -18,6 +18,19 @@ from olmo_jax.ops.linear import linear
 from olmo_jax.parallel.sharding import constrain
 
 
+def residual(x_BTD):
+    """A sublayer's output, or the residual stream, where it lives on a mesh: cut along positions
+    over `tensor` too, so that the sublayer's partial sums are added up and cut at once, the norms'
+    work is shared, and the stream that each layer keeps for the backward pass is a part."""
+    return constrain(x_BTD, "batch", "residual_time", None)
+
+
+def projected(x_BTD):
+    """A sublayer's input, whole along `tensor`: once here, not for each projection, and only after
+    the norm and its cast, which the first of the two constraints keeps in place."""
+    return constrain(residual(x_BTD), "batch", "time", None)
+
+
 class Linear(nnx.Module):
     """y = x W + b, with W (in, out) and b only where the config has biases."""
 
@@ -90,8 +103,7 @@ class Attention(nnx.Module):
         """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
         cache (a pair of (B, K, S, C)) with this call's written at mask.offset. rope is None where
         nothing is rotated."""
-        # Whole along `tensor` here: otherwise each projection would gather it for itself.
-        x_BTD = constrain(x_BTD, "batch", "time", None)
+        x_BTD = projected(x_BTD)
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         # A device's heads are its columns of the projections, as attention takes them.
         q = constrain(q, "batch", "time", "heads")
@@ -134,7 +146,7 @@ class MLP(nnx.Module):
         self.down = make("down", (f, d), ("mlp", "embed"), out_std)
 
     def __call__(self, x_BTD):
-        x_BTD = constrain(x_BTD, "batch", "time", None)  # as in Attention
+        x_BTD = projected(x_BTD)
         up_BTF = self.up(x_BTD)
         if self.gate is not None:
             hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF

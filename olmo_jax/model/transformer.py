@@ -11,14 +11,13 @@ from flax import nnx
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.experts import Experts
 from olmo_jax.model.init import Initializer, input_std
-from olmo_jax.model.layers import MLP, Attention, Norm
+from olmo_jax.model.layers import MLP, Attention, Norm, residual
 from olmo_jax.model.presets import preset
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.ops.attention import AttentionMask, alibi_slopes
 from olmo_jax.ops.embedding import embedding
 from olmo_jax.ops.experts import RouterSums
 from olmo_jax.ops.kernels import Kernels, pick_kernels
-from olmo_jax.parallel.sharding import constrain
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,13 +25,6 @@ _REMAT_POLICIES = {
         "q", "k", "v", "context", "context_log_sum", "out", "router", "gate", "down"
     ),
 }
-
-
-def residual(x_BTD):
-    """A sublayer's output, or the residual stream, where it lives on a mesh: cut along positions
-    over `tensor` too, so that the sublayer's partial sums are added up and cut at once, and the
-    stream that each layer keeps for the backward pass is a part."""
-    return constrain(x_BTD, "batch", "residual_time", None)
 
 
 class Block(nnx.Module):
@@ -56,7 +48,7 @@ class Block(nnx.Module):
         else:
             attended, kv = self.attention(x_BTD, rope, mask, cache)
             attended = self.attention_norm(residual(attended))
-        h_BTD = x_BTD + attended
+        h_BTD = residual(x_BTD + attended)
         mlp_in, sums = x_BTD if self.parallel else h_BTD, None
         mlp_in = self.mlp_norm(mlp_in) if self.pre else mlp_in
         if isinstance(self.mlp, Experts):
@@ -64,7 +56,8 @@ class Block(nnx.Module):
         else:
             y_BTD = self.mlp(mlp_in)
         y_BTD = residual(y_BTD)
-        return h_BTD + (y_BTD if self.pre else self.mlp_norm(y_BTD)), kv, sums
+        y_BTD = y_BTD if self.pre else self.mlp_norm(y_BTD)
+        return residual(h_BTD + y_BTD), kv, sums
 
 
 class Table(nnx.Module):
@@ -141,7 +134,7 @@ class Transformer(nnx.Module):
             grouped = jax.tree.map(lambda a: a.reshape(-1, len(pattern), *a.shape[1:]), weights)
             x_BTD, sums = jax.lax.scan(group, x_BTD, grouped)
             sums = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums)
-        return self.final_norm(x_BTD), sums
+        return residual(self.final_norm(x_BTD)), sums
 
     def logits(self, x_BTD) -> jax.Array:
         """The head's float32 logits (B, T, V) of the final norm's output."""

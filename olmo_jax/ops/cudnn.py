@@ -60,13 +60,13 @@ def gradient_call(
     pattern: Pattern,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, laid out as these; stats and out are softmax_call's."""
-    gradients = [
+    shapes = [
         jax.ShapeDtypeStruct((a.shape[0], a.shape[2], a.shape[1], a.shape[3]), a.dtype)
         for a in (q_BTHC, k_BSKC, v_BSKC)
     ]
     *gradients, _ = jax.ffi.ffi_call(
         "__cudnn$fmhaSoftmaxBackward",
-        (*gradients, _WORKSPACE),
+        (*shapes, _WORKSPACE),
         output_layouts=(_TIME_FIRST, _TIME_FIRST, _TIME_FIRST, None),
         custom_call_api_version=2,
         legacy_backend_config=_config(q_BTHC, k_BSKC, pattern, _BACKWARD_PRODUCTS),

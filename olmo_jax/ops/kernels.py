@@ -4,8 +4,8 @@ The choice is a frozen value that travels with the model, so that a plan made on
 picks what the TPU would run.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,13 @@ _SPLASH = {
 }
 _KINDS = {"TPU v5p": "TPU v5", "TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite"}
 
-# Compute capability by a part of `device.device_kind`. cuDNN's fused attention needs 8.0 and takes
-# head widths up to 128; from 9.0 on it takes 256, and packed rows (documents apart by offsets).
+# Compute capability by a part of `device.device_kind`. What cuDNN's fused attention takes (jax's
+# checks in jax/_src/cudnn/fused_attention_stablehlo.py): bfloat16, and
+#
+#                       A100 (8.0)          H100, H200 (9.0), B200 (10.0)
+#   head width          8 to 128, by 8      8 to 256, by 8
+#   causal, window      yes                 yes
+#   rows of documents   blocked form        yes, packed
 _CUDA = {"A100": 8.0, "H100": 9.0, "H200": 9.0, "B200": 10.0}
 
 
@@ -92,36 +97,40 @@ def pick_kernels(
         return Kernels(
             linear="flat", experts="grouped", layers="unrolled", cross_entropy_tokens=1024
         )
-    if alibi:
-        return _blocked("no fused kernel adds ALiBi's slopes")
     if platform == "tpu":
-        return _tpu(device_kind, head_width, compute_dtype)
-    return _gpu(device_kind, head_width, compute_dtype)
+        return _tpu(device_kind, head_width, alibi, compute_dtype)
+    # XLA's ragged_dot on CUDA multiplies every token with every expert: OLMoE's step at T 4096, a
+    # row an H100, had 42 GB of temporaries (3.1 on a v5p, whose compiler has a kernel for it).
+    return replace(_gpu(device_kind, head_width, alibi, compute_dtype), experts="grouped")
 
 
 def _blocked(why: str) -> Kernels:
     return Kernels(notes=(f"attention: blocked, since {why}",))
 
 
-def _tpu(device_kind: str, head_width: int, compute_dtype: str) -> Kernels:
+def _tpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> Kernels:
+    if alibi:
+        return _blocked("splash does not add ALiBi's slopes")
     kind = _KINDS.get(device_kind, device_kind)
-    blocks, notes = _SPLASH.get(kind), ()
+    blocks, notes = _SPLASH.get(kind), tuple[str, ...]()
     if blocks is None:
         blocks = SplashBlocks()
         notes = (f"attention: blocks of 512, since none are known for {device_kind or 'this TPU'}",)
     # Vector memory is what bounds a block: its bytes stay those of 128 x bfloat16.
     shrink = -(-head_width // 128) * (2 if compute_dtype == "float32" else 1)
     if shrink > 1:
-        blocks = SplashBlocks(*(max(128, n // shrink) for n in _sizes(blocks)), blocks.fused)
+        sizes: dict[str, Any] = {name: max(128, n // shrink) for name, n in _sizes(blocks).items()}
+        blocks = replace(blocks, **sizes)
     return Kernels(attention="splash", splash=blocks, notes=notes)
 
 
-def _sizes(blocks: SplashBlocks) -> tuple[int, ...]:
-    b = blocks
-    return b.q, b.kv, b.kv_compute, b.q_back, b.kv_back, b.kv_back_compute
+def _sizes(blocks: SplashBlocks) -> dict[str, Any]:
+    return {name: size for name, size in asdict(blocks).items() if name != "fused"}
 
 
-def _gpu(device_kind: str, head_width: int, compute_dtype: str) -> Kernels:
+def _gpu(device_kind: str, head_width: int, alibi: bool, compute_dtype: str) -> Kernels:
+    if alibi:
+        return _blocked("cuDNN is not asked for ALiBi's slopes")
     capability = next((c for name, c in _CUDA.items() if name in device_kind), None)
     if capability is None:
         return _blocked(f"{device_kind or 'this GPU'} is none of {', '.join(_CUDA)}")

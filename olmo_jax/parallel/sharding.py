@@ -109,7 +109,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 

@@ -9,6 +9,7 @@ from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import kernels_for
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.train.config import RunConfig
+from olmo_jax.train.fit import refuse_misfit
 from olmo_jax.train.flops import flops_per_token
 from olmo_jax.train.plan import Plan
 
@@ -22,12 +23,14 @@ def describe(run: RunConfig) -> str:
     instances = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     try:
         mesh = build_mesh(run.mesh)
+        refuse_misfit(mesh, run.model, T, plan.batch_sizes, run.train.micro_batch_size)
         device = mesh.devices.flat[0]
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         where = f"{axes or 'one device'} ({mesh.devices.size} x {device.device_kind})"
     except UserError as error:
         device, where = jax.devices()[0], f"does not fit this machine ({error})"
     kernels = kernels_for(run.model, device)
+    blocks = f" ({kernels.splash.q:,} queries at a time)" if kernels.splash else ""
     experts = f", experts {kernels.experts}" if run.model.n_experts else ""
     count = run.model.parameter_count()
     lines = {
@@ -45,7 +48,7 @@ def describe(run: RunConfig) -> str:
             else {}
         ),
         "FLOPs": f"{flops * plan.tokens:.4g}",
-        "kernels": f"linear {kernels.linear}, attention {kernels.attention}{experts}, "
+        "kernels": f"linear {kernels.linear}, attention {kernels.attention}{blocks}{experts}, "
         f"cross-entropy over {kernels.cross_entropy_tokens:,} tokens at a time",
         "mesh": where,
     }

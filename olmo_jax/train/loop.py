@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from olmo_jax.model.transformer import (
 )
 from olmo_jax.parallel.environment import environment
 from olmo_jax.parallel.mesh import build_mesh
-from olmo_jax.parallel.sharding import batch_parts, to_global
+from olmo_jax.parallel.sharding import to_global
 from olmo_jax.train.config import RunConfig
 from olmo_jax.train.evaluate import Evaluator, HeldOut
+from olmo_jax.train.fit import refuse_misfit
 from olmo_jax.train.flops import flops_per_token, mfu
 from olmo_jax.train.metrics import MetricsWriter
 from olmo_jax.train.plan import Plan
@@ -98,8 +100,15 @@ class _Loop:
                 f"this is one of {jax.process_count()} processes, and this version trains with "
                 "one, on all devices of its host: start one"
             )
-        self._check_mesh()
+        refuse_misfit(
+            self.mesh,
+            run.model,
+            run.data.sequence_length,
+            self.plan.batch_sizes,
+            run.train.micro_batch_size,
+        )
         kernels = kernels_for(run.model, self.mesh.devices.flat[0])
+        kernels = replace(kernels, context=run.mesh.context_form)
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size
@@ -110,26 +119,6 @@ class _Loop:
         self.checkpointer = Checkpointer(self.folder.checkpoints, run.checkpoint, files)
         self.files = files
         self.stop_signal: int | None = None
-
-    def _check_mesh(self) -> None:
-        shards, experts = self.mesh.shape["expert"], self.run.model.n_experts
-        if shards > 1 and (not experts or experts % shards):
-            raise UserError(
-                f"Mesh.expert = {shards}: the model has {experts} experts; give a divisor of their "
-                "number, or 1"
-            )
-        parts, micro = batch_parts(self.mesh), self.run.train.micro_batch_size
-        for size in self.plan.batch_sizes:
-            if size % parts:
-                raise UserError(
-                    f"Data.batch_size = {size} does not divide over the mesh's {parts} batch parts "
-                    f"(slice x data x fsdp): give a multiple of {parts}, or another mesh"
-                )
-            if micro and (size % micro or micro % parts):
-                raise UserError(
-                    f"Train.micro_batch_size = {micro} must divide Data.batch_size = {size} and be "
-                    f"a multiple of the mesh's {parts} batch parts"
-                )
 
     def _heldout(self) -> list[Evaluator]:
         run = self.run

@@ -22,7 +22,7 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 def start(*arguments: object, devices: int = 1) -> subprocess.Popen[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         [sys.executable, str(WORKER), *map(str, arguments)],

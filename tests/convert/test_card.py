@@ -158,7 +158,9 @@ def test_a_model_without_a_run_has_its_architecture_and_its_loading_lines(tmp_pa
         assert headings_and_cells(text)[0][1:] == ["Use", "Architecture"]
     # The mean of two runs is neither's.
     mean = [write_run(tmp_path / name) for name in ("a", "b")]
-    assert card(mean, tmp_path / "soup").split("##")[1:] == cards[0].split("##")[1:]
+    soup = card(mean, tmp_path / "soup")
+    assert soup.split("##")[1:] == cards[0].split("##")[1:]
+    assert "mean of those of 2 models: a, b." in soup
 
 
 def test_the_lines_of_the_card_load_the_model(tmp_path):

@@ -252,7 +252,7 @@ def test_weights_go_straight_onto_a_mesh(folder, tmp_path, form):
         convert(folder, tmp_path / "orbax", "orbax")
         folder = tmp_path / "orbax"
     code = textwrap.dedent(ON_A_MESH).replace("FOLDER", repr(str(folder)))
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300

@@ -1,156 +1,130 @@
-"""Meshes on four virtual CPU devices, in a process of their own."""
+"""Meshes on eight virtual CPU devices, in processes of their own."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import jax
 import pytest
 
+from olmo_jax.errors import UserError
+from olmo_jax.parallel.mesh import MeshConfig, build_mesh
 
-def run_on_devices(code, devices=4):
-    """Runs Python code where jax sees so many CPU devices; returns what it printed."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+HERE = Path(__file__).parent
+
+
+def on_devices(*arguments, devices=8):
+    """Runs Python where jax sees so many CPU devices; returns what it printed."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PATH": "", "HOME": "/tmp"},
+        [sys.executable, *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-TRAIN = """
-    import dataclasses, jax, numpy as np
-    from olmo_jax.data.batch import Batch
-    from olmo_jax.model.config import ModelConfig
-    from olmo_jax.model.transformer import Transformer, abstract_model, parameters
-    from olmo_jax.parallel.mesh import MeshConfig, build_mesh
-    from olmo_jax.parallel.sharding import to_global
-    from olmo_jax.train.optimizer import OptimizerConfig
-    from olmo_jax.train.step import Trainer
-
-    config = ModelConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, mlp_width=64)
-    tokens = np.random.default_rng(0).integers(0, 97, (8, 17)).astype(np.int32)
-    mask = np.random.default_rng(1).random((8, 16)) < 0.8
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, None, mask, None)
-
-    def losses(mesh_config, micro=None, kind="adamw", **optimizer):
-        n = np.prod([abs(v) for v in dataclasses.asdict(mesh_config).values()])
-        mesh = build_mesh(mesh_config, jax.devices()[:n] if mesh_config.fsdp != -1 else None)
-        model = abstract_model(config)
-        trainer = Trainer(model, OptimizerConfig(kind=kind, **optimizer), mesh, 1e-4, micro)
-        state = trainer.init_state(lambda: parameters(Transformer(config, 0, model.kernels)))
-        out = []
-        for _ in range(4):
-            args = to_global(mesh, batch), np.float32(1e-2), np.float32(1.0)
-            state, metrics = trainer.step(state, *args)
-            out.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return np.array(out), state
-"""
+def trains_as_on_one_device(*cases, steps):
+    """Losses of all steps, and each tensor's first gradient, are one device's to 1e-5."""
+    printed = on_devices(str(HERE / "mesh_worker.py"), str(steps), *cases)
+    assert printed.split("\n")[:-1] == [f"same {case}" for case in cases]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_training_is_the_same_on_every_mesh_and_in_micro_batches(kind):
-    print(
-        run_on_devices(
-            TRAIN
-            + f"""
-    one, state = losses(MeshConfig(fsdp=1), kind={kind!r})
-    assert one[-1, 0] < one[0, 0]
-    for mesh in (MeshConfig(), MeshConfig(data=2), MeshConfig(tensor=2), MeshConfig(slice=2)):
-        many, spread = losses(mesh, kind={kind!r})
-        np.testing.assert_allclose(many, one, rtol=2e-5, err_msg=str(mesh))
-        weight = spread.params["layers"]["mlp"]["up"]["weight"]
-        moment = [a for a in jax.tree.leaves(spread.opt_state) if a.shape == weight.shape][0]
-        assert moment.sharding == weight.sharding
-        parts = mesh.tensor * (4 // (mesh.data * mesh.tensor * mesh.slice))
-        assert weight.addressable_shards[0].data.size * parts == weight.size, mesh
-    for micro in (2, 4):
-        np.testing.assert_allclose(losses(MeshConfig(fsdp=1), micro, {kind!r})[0], one, rtol=2e-5)
-    np.testing.assert_allclose(losses(MeshConfig(fsdp=2), 4, {kind!r})[0], one, rtol=2e-5)
-    """
-        )
+def test_training_over_every_axis_is_training_on_one_device():
+    trains_as_on_one_device(
+        "olmo3:fsdp=2,context=2,tensor=2,ring", "olmoe:slice=2,data=2,expert=2", steps=3
     )
 
 
-def test_a_router_is_balanced_over_the_global_batch_on_every_mesh_and_in_micro_batches():
-    print(
-        run_on_devices(
-            TRAIN
-            + """
-    config = dataclasses.replace(
-        config, n_experts=4, experts_per_token=2, load_balancing_loss=0.5, router_z_loss=0.1
+ALONE = ["slice=8", "data=8", "fsdp=8", "context=8", "context=8,ring", "tensor=8"]
+MIXED = [
+    "data=2,fsdp=4",
+    "fsdp=2,tensor=4",
+    "fsdp=2,context=4",
+    "fsdp=2,context=4,ring",
+    "slice=2,fsdp=4",
+]
+EXPERTS = ["expert=8", "expert=4,fsdp=2", "expert=2,context=2,tensor=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["olmo2", "olmo3", "olmoe"])
+def test_training_on_every_mesh_is_training_on_one_device(model):
+    meshes = ALONE + MIXED + (EXPERTS if model == "olmoe" else [])
+    trains_as_on_one_device(*(f"{model}:{mesh}" for mesh in meshes), steps=10)
+
+
+@pytest.mark.slow
+def test_every_family_trains_the_same_on_a_mesh():
+    trains_as_on_one_device(
+        "pythia:tensor=2,fsdp=2",
+        "mpt:tensor=2,context=2,fsdp=2,ring",
+        "olmo3-long:context=2,fsdp=2",
+        "olmo2-remat:context=4,fsdp=2,ring",
+        steps=3,
     )
-    one, state = losses(MeshConfig(fsdp=1))
-    assert one[-1, 0] < one[0, 0]
-    for mesh in (MeshConfig(), MeshConfig(data=2, expert=2), MeshConfig(tensor=2)):
-        many, spread = losses(mesh)
-        np.testing.assert_allclose(many, one, rtol=2e-5, err_msg=str(mesh))
-        weight = spread.params["layers"]["mlp"]["up"]["weight"]
-        assert weight.addressable_shards[0].data.size * 4 // mesh.data == weight.size, mesh
-    for micro in (2, 4):
-        np.testing.assert_allclose(losses(MeshConfig(fsdp=1), micro)[0], one, rtol=2e-5)
-    config = dataclasses.replace(config, load_balancing_loss=0.0)
-    other = losses(MeshConfig(fsdp=1))[0]
-    assert abs(other[-1, 1] / one[-1, 1] - 1) > 1e-3  # the loss does reach the gradient
-    """
-        )
+
+
+@pytest.mark.slow
+def test_micro_batches_and_muon_give_the_same_on_a_mesh():
+    on_devices(
+        "-c",
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(HERE)!r})
+        from mesh_worker import *
+        for model, kind in (("olmo2", "muon"), ("olmoe", "adamw")):
+            one, _, _ = train(model, MeshConfig(fsdp=1), 4, kind=kind)
+            for mesh, micro in (("fsdp=1", 2), ("fsdp=2,tensor=2", 4)):
+                found, _, state = train(model, parse(mesh), 4, micro, kind)
+                np.testing.assert_allclose(found, one, rtol=2e-5, err_msg=f"{{model}} {{mesh}}")
+            weight = state.params["layers"]["mlp"]["up"]["weight"]
+            moment = [a for a in jax.tree.leaves(state.opt_state) if a.shape == weight.shape][0]
+            assert moment.sharding == weight.sharding
+            assert weight.addressable_shards[0].data.size * 4 == weight.size
+        """),
+    )
+
+
+def test_attention_of_sequences_cut_over_devices_is_the_references():
+    on_devices(str(HERE / "attention_worker.py"))
+
+
+def test_what_travels_between_devices():
+    on_devices(str(HERE / "travel_worker.py"))
+
+
+def test_weights_are_the_same_on_every_mesh():
+    on_devices(
+        "-c",
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(HERE)!r})
+        from mesh_worker import *
+
+        def initial(text, devices):
+            model, mesh = abstract_model(OLMO2), build_mesh(parse(text), jax.devices()[:devices])
+            make = lambda: parameters(Transformer(OLMO2, 3, model.kernels))
+            return Trainer(model, OptimizerConfig(), mesh).init_state(make).params
+
+        one, many = initial("data=1", 1), initial("fsdp=4,tensor=2", 8)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, many)))
+        """),
     )
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "mesh, message",
     [
-        dict(norm="layer", bias=True, parallel_residual=True, mlp="gelu_tanh", rope_fraction=0.25),
-        dict(position="alibi", mlp="gelu", tie_embeddings=True),
-        dict(window_pattern=(3, 0), rope_scaling="yarn", rope_factor=4.0, rope_original_context=8),
+        (dict(tensor=3), "multiple of 3 devices, and there are 8"),
+        (dict(fsdp=2), "there are 8"),
+        (dict(data=-1), "at most one is -1"),
+        (dict(context=0), "at least 1"),
     ],
-    ids=["pythia", "mpt", "olmo3 long"],
 )
-def test_every_family_trains_the_same_on_a_mesh(changes):
-    run_on_devices(
-        TRAIN
-        + f"""
-    config = dataclasses.replace(config, **{changes!r})
-    one, _ = losses(MeshConfig(fsdp=1))
-    assert one[-1, 0] < one[0, 0]
-    np.testing.assert_allclose(losses(MeshConfig(tensor=2))[0], one, rtol=2e-5)
-    """
-    )
-
-
-def test_weights_are_the_same_on_every_mesh():
-    run_on_devices(
-        TRAIN
-        + """
-    def initial(mesh_config, devices=None):
-        model = abstract_model(config)
-        trainer = Trainer(model, OptimizerConfig(), build_mesh(mesh_config, devices))
-        return trainer.init_state(lambda: parameters(Transformer(config, 3, model.kernels))).params
-
-    one = initial(MeshConfig(), jax.devices()[:1])
-    for mesh in (MeshConfig(), MeshConfig(tensor=2), MeshConfig(data=4)):
-        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, initial(mesh))))
-    """
-    )
-
-
-def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers():
-    run_on_devices(
-        """
-    import pytest
-    from olmo_jax.errors import UserError
-    from olmo_jax.parallel.mesh import MeshConfig, build_mesh
-    assert build_mesh(MeshConfig(tensor=2)).shape["fsdp"] == 2
-    with pytest.raises(UserError, match="multiple of 3 devices, and there are 4"):
-        build_mesh(MeshConfig(tensor=3))
-    with pytest.raises(UserError, match="there are 4"):
-        build_mesh(MeshConfig(fsdp=2))
-    with pytest.raises(UserError, match="at most one is -1"):
-        build_mesh(MeshConfig(data=-1))
-    with pytest.raises(UserError, match="Mesh.context = 2: this version takes 1 only"):
-        build_mesh(MeshConfig(context=2))
-    """
-    )
+def test_a_mesh_that_is_none_is_refused_with_the_numbers(mesh, message):
+    with pytest.raises(UserError, match=message):
+        build_mesh(MeshConfig(**mesh), jax.devices()[:1] * 8)

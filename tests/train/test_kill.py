@@ -69,7 +69,7 @@ def start(place: Path, run: str, *bindings: str, code: str = "", devices: int = 
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "PYTHONPATH": str(ROOT),
     }
