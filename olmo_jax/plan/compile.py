@@ -19,17 +19,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from olmo_jax.data.batch import Batch
-from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes
 from olmo_jax.model.transformer import abstract_model, kernels_for
 from olmo_jax.ops.kernels import Kernels
 from olmo_jax.parallel.mesh import build_mesh
-from olmo_jax.parallel.sharding import batch_parts, batch_sharding, replicated
+from olmo_jax.parallel.sharding import batch_sharding, replicated
 from olmo_jax.plan import hlo
 from olmo_jax.plan.count import Count, count
 from olmo_jax.plan.hlo import Collective, Traffic, read_traffic
 from olmo_jax.plan.targets import Target, target_devices
 from olmo_jax.train.config import RunConfig
+from olmo_jax.train.fit import refuse_misfit
 from olmo_jax.train.step import Trainer
 
 
@@ -77,7 +77,10 @@ def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Prog
     """
     mesh = build_mesh(run.mesh, target_devices(target))
     kernels = kernels_for(run.model, mesh.devices.flat[0])
-    refuse_unfit_batch(run, batch_parts(mesh))
+    kernels = replace(kernels, context=run.mesh.context_form)
+    sizes = [run.data.batch_size, *(size for _, size in run.data.batch_size_schedule)]
+    T, micro = run.data.sequence_length, run.train.micro_batch_size
+    refuse_misfit(mesh, run.model, T, sizes, micro)
     model = abstract_model(run.model, kernels)
     trainer = Trainer(model, run.optimizer, mesh, run.train.z_loss, run.train.micro_batch_size)
     state, batch = trainer.abstract_state, abstract_batch(run, mesh)
@@ -168,23 +171,6 @@ def bytes_needed(message: str) -> int | None:
     if not found:
         return None
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def refuse_unfit_batch(run: RunConfig, parts: int) -> None:
-    """UserError where a batch, or a micro-batch, does not divide over the mesh's batch parts."""
-    micro = run.train.micro_batch_size
-    sizes = [run.data.batch_size, *(size for _, size in run.data.batch_size_schedule)]
-    for size in sizes:
-        if size % parts:
-            raise UserError(
-                f"Data.batch_size = {size} does not divide over {parts} batch parts (slice x data "
-                f"x fsdp): give a multiple of {parts} (--batch=), or another --mesh"
-            )
-        if micro and (size % micro or micro % parts):
-            raise UserError(
-                f"micro-batch {micro} must divide the batch of {size} and be a multiple of the "
-                f"mesh's {parts} batch parts"
-            )
 
 
 # --- the cache ------------------------------------------------------------------------------------
