@@ -48,6 +48,9 @@ from olmo_jax.numerals import size_text
 
 _BARRIER_MS = 20 * 60 * 1000
 _barrier_number = itertools.count()
+# When a save fails, writes of tensorstore that are still under way report to its event loop later,
+# and print a traceback where that is closed.
+_left_open: list[asyncio.Runner] = []
 
 # Orbax logs a traceback from each of its threads in which a write failed; the failure itself
 # reaches us, and the person, as one line.
@@ -116,9 +119,7 @@ class Checkpointer(CheckpointReader):
         self.config = config
         self._files = dict(files or {})
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # One event loop for all saves: when one fails, writes of tensorstore that are still under
-        # way report to it afterwards.
-        self._runner = asyncio.Runner()
+        self._runner, self._has_failed = asyncio.Runner(), False
         self._pending: Future[None] | None = None
         self._in_bucket = storage.is_remote(self.folder)
         if jax.process_index() == 0:
@@ -192,7 +193,10 @@ class Checkpointer(CheckpointReader):
         try:
             self.wait()
         finally:
-            self._writer.submit(self._runner.close)
+            if self._has_failed:
+                _left_open.append(self._runner)
+            else:
+                self._writer.submit(self._runner.close)
             self._writer.shutdown()
 
     def _left_behind(self) -> list[Path]:
@@ -228,6 +232,7 @@ class Checkpointer(CheckpointReader):
         if failure is None and not (self.path(step) / MANIFEST).is_file():
             failure = UserError(f"another process failed to save the checkpoint of step {step}")
         if failure is not None:
+            self._has_failed = True
             raise self._failure(step, needed, failure)
         if jax.process_index() == 0:
             self._remove_old()
