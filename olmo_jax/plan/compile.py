@@ -167,7 +167,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def bytes_needed(message: str) -> int | None:
     """How many bytes a compiler wanted that ran out of the device's memory; None: another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message) or re.search(
+        r"memory required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", message
+    )
     if not found:
         return None
     return int(float(found[1]) * _UNITS[found[2]])

@@ -23,6 +23,9 @@ _COLLECTIVES = (
 )
 
 
+_BETWEEN_SLICES = r'_xla_megascale_transfer_type="(\w+)"'
+
+
 @dataclass(frozen=True)
 class Shape:
     """One array: element type, sizes, and whether it lies outside the device's main memory."""
@@ -206,6 +209,9 @@ class _Reader:
                 if kind == "all-reduce" and "reduce-scatter" in computation:
                     kind = "reduce-scatter"  # as libtpu writes it: all-reduce and slice, one fusion
                 self.traffic.collectives.append(self._collective(kind, i, body, times))
+            elif i.op == "send" and (between := re.search(_BETWEEN_SLICES, i.rest)):
+                kind = between[1].lower().replace("_", "-")
+                self.traffic.collectives.append(self._between_slices(kind, i, body, times))
             elif i.op in ("dot", "convolution", "custom-call"):
                 self.traffic.products += times * products(i, body)
             if not fused:
@@ -261,6 +267,17 @@ class _Reader:
         payload = result if kind == "all-gather" else given
         group = replica_group(i.rest, math.prod(self.mesh_shape.values()))
         return Collective(kind, self._axes(group), group, payload, times)
+
+    def _between_slices(self, kind: str, i: Instruction, body, times: float) -> Collective:
+        """What libtpu hands to the host, which exchanges it with the other slices' hosts. (Of a
+        program for several slices, the collectives' own groups are those within one.)"""
+        n = self.mesh_shape["slice"]
+        payload = sum(s.bytes for s in _result(body, i.operands[0]))
+        if kind == "all-gather":
+            payload *= n
+        stride = math.prod(self.mesh_shape.values()) // n
+        group = tuple(range(0, n * stride, stride))
+        return Collective(kind, ("slice",), group, payload, times)
 
     def _axes(self, group: Sequence[int]) -> tuple[str, ...]:
         coordinates = np.unravel_index(np.array(group), tuple(self.mesh_shape.values()))

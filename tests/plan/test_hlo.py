@@ -141,3 +141,18 @@ def test_collectives_by_axis_and_trip_count():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_libtpu_hands_to_other_slices():
+    text = (
+        "ENTRY %main (g: f32[64,128]) -> token[] {\n"
+        "  %g = f32[64,128]{1,0} parameter(0)\n"
+        "  %t = token[] after-all()\n"
+        "  %s = (f32[64,128]{1,0}, u32[], token[]) send(%g, %t), channel_id=2, "
+        "is_host_transfer=true, frontend_attributes={"
+        '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  ROOT %d = token[] send-done(%s), channel_id=2\n}\n"
+    )
+    (sent,) = read_traffic(text, {"slice": 2, "fsdp": 4}).collectives
+    assert (sent.kind, sent.axes, sent.devices) == ("all-reduce", ("slice",), (0, 4))
+    assert sent.bytes == 2 * (2 - 1) / 2 * 64 * 128 * 4
