@@ -46,14 +46,14 @@ class _Entry:
 class DistcpTensors:
     """The tensors of a checkpoint folder whose names begin with `prefix`, by the rest of the name.
 
-    Opening reads .metadata and looks that every file it names is there.
+    Opening reads .metadata and looks that every file is there in which they lie.
     """
 
     def __init__(self, folder: Path, prefix: str = "model."):
         self.folder = folder
-        entries = _read_metadata(folder)
+        entries = _read_metadata(folder, prefix)
         self._prefix = prefix
-        self._entries = {n[len(prefix) :]: e for n, e in entries.items() if n.startswith(prefix)}
+        self._entries = {name[len(prefix) :]: entry for name, entry in entries.items()}
         self._files = {
             file: MappedFile(folder / file)
             for file in sorted({c.file for e in self._entries.values() for c in e.chunks})
@@ -118,7 +118,7 @@ def stored_files(metadata: Any, where: str, prefix: str = "model.") -> set[str]:
     return {METADATA, *names}
 
 
-def _read_metadata(folder: Path) -> dict[str, _Entry]:
+def _read_metadata(folder: Path, prefix: str) -> dict[str, _Entry]:
     path = folder / METADATA
     classes = _classes()
     tensor_class = classes[_CLASSES, "TensorStorageMetadata"]
@@ -134,7 +134,7 @@ def _read_metadata(folder: Path) -> dict[str, _Entry]:
         return {
             str(name): _entry(folder, str(name), saved_entry.state, places)
             for name, saved_entry in saved.state["state_dict_metadata"].items()
-            if isinstance(saved_entry, tensor_class)
+            if isinstance(saved_entry, tensor_class) and str(name).startswith(prefix)
         }
     except UserError:
         raise

@@ -10,7 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from olmo_jax.convert.average import open_mean, refuse_other_model
-from olmo_jax.convert.source import Source, open_source, parse_tokenizer
+from olmo_jax.convert.rows import with_rows
+from olmo_jax.convert.source import Source, open_moments, open_source, parse_tokenizer
 from olmo_jax.convert.table import leading_axes, weight_axes
 from olmo_jax.errors import UserError
 from olmo_jax.model.config import ModelConfig
@@ -48,27 +49,47 @@ def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: An
     `config`'s rows (see rows.py). Raises UserError when a checkpoint is not of `config`'s
     architecture.
     """
-    shapes = parameters(abstract_model(config))
     with open_mean(paths, rows=config.rows) as source:
         refuse_other_model(source.config, config, paths[0])
-        axes = weight_axes(config)
+        return _placed(source, shardings)
 
-        def place(keys, shape, sharding):
-            name = ".".join(key.key for key in keys)
-            leading = leading_axes(axes[name])
 
-            def part(index: Any) -> np.ndarray:
-                """What one device holds."""
-                spans = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
-                out = np.empty([len(span) for span in spans], np.float32)
-                for at in itertools.product(*(enumerate(span) for span in spans[:leading])):
-                    to, of = [i for i, _ in at], [i for _, i in at]
-                    out[tuple(to)] = source.read(name, *of)[index[leading:]]
-                return out
+def load_moments(
+    path: str | Path, config: ModelConfig, shardings: Any
+) -> tuple[int, dict, dict] | None:
+    """AdamW's steps, and its first and second moments as `load_sharded` gives weights, where
+    another program's checkpoint has them."""
+    moments = open_moments(path)
+    if moments is None:
+        return None
+    first, second = (
+        _placed(with_rows(source, config.rows), shardings)
+        for source in (moments.first, moments.second)
+    )
+    return moments.steps, first, second
 
-            return jax.make_array_from_callback(shape.shape, sharding, part)
 
-        return jax.tree.map_with_path(place, shapes, shardings)
+def _placed(source: Source, shardings: Any) -> dict:
+    """Every weight of a source, each device's part of it."""
+    axes = weight_axes(source.config)
+
+    def place(keys, shape, sharding):
+        name = ".".join(key.key for key in keys)
+        leading = leading_axes(axes[name])
+
+        def part(index: Any) -> np.ndarray:
+            """What one device holds."""
+            spans = [range(*i.indices(n)) for i, n in zip(index, shape.shape, strict=True)]
+            out = np.empty([len(span) for span in spans], np.float32)
+            for at in itertools.product(*(enumerate(span) for span in spans[:leading])):
+                to, of = [i for i, _ in at], [i for _, i in at]
+                out[tuple(to)] = source.read(name, *of)[index[leading:]]
+            return out
+
+        return jax.make_array_from_callback(shape.shape, sharding, part)
+
+    shapes = parameters(abstract_model(source.config))
+    return jax.tree.map_with_path(place, shapes, shardings)
 
 
 def _read_parameters(source: Source, shapes: dict, path: str | Path) -> dict:

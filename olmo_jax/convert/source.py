@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import ValidationError
@@ -71,6 +71,17 @@ class Tensors(Protocol):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor as it is stored, or only some of its rows (axis 0)."""
         ...
+
+
+class Moments(NamedTuple):
+    """AdamW's state of another program."""
+
+    steps: int
+    """How many it has counted."""
+    first: Source
+    """The mean of the gradients, by the names of the weights."""
+    second: Source
+    """The mean of their squares."""
 
 
 @dataclass
@@ -171,6 +182,17 @@ def open_source(
             "model_and_optim/)"
         )
     yield _Checkpoint(*found)
+
+
+def open_moments(path: str | Path) -> Moments | None:
+    """The optimizer's state in another program's checkpoint (OLMo-core's), if there is any."""
+    from olmo_jax.convert import core_files, olmo_core  # they need what is here
+
+    folder = local_folder(path)
+    hf = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "model_type" in hf or not olmo_core.is_core_config(hf):
+        return None
+    return core_files.open_core_moments(folder, hf)
 
 
 def _in_bucket(path: str | Path, step: int | None) -> tuple[CheckpointReader, int] | None:

@@ -40,8 +40,9 @@ class TrainConfig:
     init_from: tuple[str, ...] = ()
     """Start from these weights instead of random ones: whatever `olmo-jax convert` reads (a run
     folder, a checkpoint in it, another program's folder, a hub id); of several the uniform mean is
-    taken (a soup). A single run's optimizer state comes along, as in the published annealing; step,
-    data and schedule begin anew (but see data_from_step)."""
+    taken (a soup). A single run's optimizer state comes along, as in the published annealing, and
+    so does AdamW's of an OLMo-core checkpoint (convert first for a fresh one); step, data and
+    schedule begin anew (but see data_from_step)."""
     data_from_step: int = 0
     """The first step reads what this step of the data's order would (counted from 0), so that a
     model goes on with the data where its training stopped; the batch-size schedule is shifted with

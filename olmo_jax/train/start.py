@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import RunFolder, find_checkpoint
 from olmo_jax.convert.average import refuse_other_model
-from olmo_jax.convert.load import load_sharded
+from olmo_jax.convert.load import load_moments, load_sharded
 from olmo_jax.convert.source import saved_model
 from olmo_jax.data.dataset import DataSet
 from olmo_jax.data.tokenizer import load_tokenizer
@@ -45,7 +46,24 @@ def initial_state(run: RunConfig, trainer: Trainer) -> TrainState:
         zero = jax.device_put(np.int32(0), trainer.shardings.step)
         return state._replace(step=zero, skip=trainer.empty_skip_state())
     params = load_sharded(sources, run.model, trainer.shardings.params)
-    return trainer.init_state(params)
+    state = trainer.init_state(params)
+    if len(sources) > 1 or run.optimizer.kind == "muon":
+        return state
+    moments = load_moments(sources[0], run.model, trainer.shardings.params)
+    if moments is None:
+        return state
+    steps, first, second = moments
+    log.warning("AdamW's state comes along from %s, after %s steps", sources[0], f"{steps:,}")
+
+    def converted(part: Any) -> Any:
+        if not isinstance(part, optax.ScaleByAdamState):
+            return part
+        return optax.ScaleByAdamState(
+            jax.device_put(np.int32(steps), part.count.sharding), first, second
+        )
+
+    is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
+    return state._replace(opt_state=jax.tree.map(converted, state.opt_state, is_leaf=is_adam))
 
 
 def write_facts(

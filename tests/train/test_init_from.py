@@ -2,15 +2,28 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from olmo_jax.checkpoint import CheckpointReader
+from olmo_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointReader
+from olmo_jax.config import load_config
+from olmo_jax.convert.distcp import DistcpTensors
 from olmo_jax.convert.export import convert
+from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.transformer import abstract_model, init, parameters
+from olmo_jax.parallel.mesh import build_mesh
+from olmo_jax.train.start import initial_state
+from olmo_jax.train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
 GIN = """
@@ -95,3 +108,56 @@ def test_the_data_goes_on_from_a_given_step(place):
     assert (saved["tokens"], saved["n"]) == ((4 + 4 * 8) * 16, 3 * 4 + 4 + 4 * 8)
     error = train(place, "later", *bindings[:1], "Train.steps=5", status=2)
     assert "Train.data_from_step = 0 (was 3)" in error
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_adamws_state_comes_along_from_olmo_core(tmp_path, kind):
+    """Written by torch's own writer, with the weights doubled and squared in place of moments."""
+    config = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, mlp_width=32)
+    model = init(config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    metadata = {"config": {"Model": asdict(config), "Data": {}}}
+    with Checkpointer(checkpoints, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, {"params": parameters(model)}, metadata)
+    convert(tmp_path / "run", tmp_path / "core", "olmo_core")
+    tensors = DistcpTensors(tmp_path / "core" / "model_and_optim")
+    weights = {name: torch.tensor(np.array(tensors.read(name))) for name in tensors.names()}
+    moments = {
+        name: {"step": torch.tensor(7.0), "exp_avg": 2 * w, "exp_avg_sq": w * w}
+        for name, w in weights.items()
+    }
+    shutil.rmtree(tmp_path / "core" / "model_and_optim")
+    state = {"model": weights, "optim": {"state": moments}}
+    dcp.save(state, checkpoint_id=tmp_path / "core" / "model_and_optim", no_dist=True)
+    run = load_config(
+        [],
+        [
+            *(f"Model.{k}={getattr(config, k)}" for k in ("vocab_size", "d_model", "n_layers")),
+            *(f"Model.{k}={getattr(config, k)}" for k in ("n_heads", "mlp_width")),
+            f"Train.init_from=('{tmp_path}/core',)",
+            f"Optimizer.kind={kind}",
+            "Train.steps=10",
+        ],
+    )
+    trainer = Trainer(abstract_model(config), run.optimizer, build_mesh(run.mesh))
+    started = initial_state(run, trainer)
+    adam = [
+        part
+        for part in jax.tree.leaves(
+            started.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState)
+        )
+        if isinstance(part, optax.ScaleByAdamState)
+    ]
+    assert len(adam) == 1 and int(started.step) == 0
+    if kind == "muon":  # whose state is another
+        assert int(adam[0].count) == 0
+        return
+    assert int(adam[0].count) == 7
+    same = jax.tree.map(
+        lambda w, m, v: np.array_equal(m, 2 * w) and np.array_equal(v, w * w),
+        parameters(model),
+        adam[0].mu,
+        adam[0].nu,
+    )
+    assert all(jax.tree.leaves(same))
