@@ -8,6 +8,7 @@ from olmo_jax.convert.core_config import to_core_config
 from olmo_jax.convert.distcp import METADATA, DistcpTensors, write_distcp
 from olmo_jax.convert.olmo_core import TIED, core_rows, from_core_config
 from olmo_jax.convert.olmo_files import Renamed, special_tokens
+from olmo_jax.convert.remote import CORE
 from olmo_jax.convert.source import (
     Moments,
     Source,
@@ -19,7 +20,6 @@ from olmo_jax.convert.source import (
 from olmo_jax.convert.target import Options, planned, stored_dtype
 from olmo_jax.errors import UserError
 
-_WEIGHTS = "model_and_optim"
 _VERSION = "3.0.0"
 
 
@@ -59,7 +59,7 @@ def open_core_moments(folder: Path, content: dict[str, Any]) -> Moments | None:
 
 
 def _inner(folder: Path) -> Path:
-    return folder if (folder / METADATA).is_file() else folder / _WEIGHTS
+    return folder if (folder / METADATA).is_file() else folder / CORE
 
 
 def write(folder: Path, source: Source, options: Options) -> None:
@@ -82,6 +82,6 @@ def write(folder: Path, source: Source, options: Options) -> None:
     ):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     tensors = planned(source, rows, options)
-    write_distcp(folder / _WEIGHTS, tensors, options.max_shard_bytes, options.progress)
+    write_distcp(folder / CORE, tensors, options.max_shard_bytes, options.progress)
     for name, data in source.files.items():
         (folder / name).write_bytes(data)

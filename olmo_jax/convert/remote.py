@@ -40,9 +40,7 @@ _WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ("model.pt", "model.pt.index.json"),
 )
-
-
-_CORE = "model_and_optim"  # OLMo-core's weights
+CORE = "model_and_optim"  # OLMo-core's weights
 # What tells one version of a file from another: of the web, S3 and Google's buckets.
 _VERSION = ("size", "version", "ETag", "LastModified", "generation", "md5Hash", "etag")
 
@@ -51,18 +49,13 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """Where the files of a checkpoint lie on this machine, fetched if they were not. UserError."""
     text = str(path)
     folder = Path(path).expanduser()
-    if re.match(r"(gs|s3|https?)://", text):
-        if revision:
-            raise UserError(f"--revision={revision}: {path} is no hub id (owner/name)")
-        return _fetch(text.rstrip("/"))
-    is_hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) and isinstance(path, str)
-    if is_hub_id and folder.parent.is_dir():  # "runs/deno" is a slip, not somebody's repository
-        is_hub_id = None
-    if folder.exists() or not is_hub_id:
-        if revision:
-            raise UserError(f"--revision={revision}: {path} is no hub id (owner/name)")
-        return folder
-    return _from_hub(text, revision)
+    could_be_hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) and isinstance(path, str)
+    # Beside a folder `runs`, "runs/deno" is a slip and not somebody's repository.
+    if could_be_hub_id and not folder.parent.is_dir():
+        return _from_hub(text, revision)
+    if revision:
+        raise UserError(f"--revision={revision}: {path} is no hub id (owner/name)")
+    return _fetch(text.rstrip("/")) if re.match(r"(gs|s3|https?)://", text) else folder
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -105,7 +98,7 @@ def _weight_files(there: set[str], read: Any, where: str) -> list[str]:
             return [index, *sorted(shards)]
         if single in there:
             return [single]
-    return sorted(file for file in there if file.startswith(f"{_CORE}/"))
+    return sorted(file for file in there if file.startswith(f"{CORE}/"))
 
 
 def _shards(index: str | bytes, where: str) -> set[str]:
@@ -202,7 +195,7 @@ def _listing(files: Any, url: str, protocol: str) -> set[str]:
     if protocol in ("gs", "s3"):
         root = files._strip_protocol(url)
         return {path.removeprefix(f"{root}/") for path in files.find(url)}
-    names = {*_SMALL, f"{_CORE}/{METADATA}", *(name for pair in _WEIGHTS for name in pair)}
+    names = {*_SMALL, f"{CORE}/{METADATA}", *(name for pair in _WEIGHTS for name in pair)}
     there = {name for name in names if files.exists(f"{url}/{name}")}
     for _, index in _WEIGHTS:
         if index in there:
@@ -210,7 +203,7 @@ def _listing(files: Any, url: str, protocol: str) -> set[str]:
             names = _shards(content, f"{url}: {index}")
             there |= {name for name in names if files.exists(f"{url}/{name}")}
             break
-    if f"{_CORE}/{METADATA}" in there:
-        content = files.cat_file(f"{url}/{_CORE}/{METADATA}")
-        there |= {f"{_CORE}/{name}" for name in stored_files(io.BytesIO(content), url)}
+    if f"{CORE}/{METADATA}" in there:
+        content = files.cat_file(f"{url}/{CORE}/{METADATA}")
+        there |= {f"{CORE}/{name}" for name in stored_files(io.BytesIO(content), url)}
     return there

@@ -4,6 +4,9 @@ It knows nothing of training, files or devices; weights carry logical axis names
 decides where those live.
 """
 
+from dataclasses import replace
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -158,15 +161,19 @@ def _unstacked(weights, size: int) -> list:
     return [jax.tree.unflatten(structure, group) for group in zip(*parts, strict=True)]
 
 
-def kernels_for(config: ModelConfig, device) -> Kernels:
-    """The forms of the operations for this model on such a device, which need not be here."""
-    return pick_kernels(
+def kernels_for(
+    config: ModelConfig, device, context: Literal["gathered", "ring"] = "gathered"
+) -> Kernels:
+    """The forms of the operations for this model on such a device, which need not be here;
+    `context` is the mesh's `context_form`."""
+    picked = pick_kernels(
         device.platform,
         device.device_kind,
         head_width=config.head_width,
         alibi=config.position == "alibi",
         compute_dtype=config.compute_dtype,
     )
+    return replace(picked, context=context)
 
 
 def init(model: str | ModelConfig, seed: int = 0, kernels: Kernels | None = None) -> Transformer:

@@ -76,9 +76,8 @@ def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Prog
     compiled before, the same program with the same versions, is read from the cache.
     """
     mesh = build_mesh(run.mesh, target_devices(target))
-    kernels = kernels_for(run.model, mesh.devices.flat[0])
-    kernels = replace(kernels, context=run.mesh.context_form)
-    sizes = [run.data.batch_size, *(size for _, size in run.data.batch_size_schedule)]
+    kernels = kernels_for(run.model, mesh.devices.flat[0], run.mesh.context_form)
+    sizes = _batch_sizes(run)
     T, micro = run.data.sequence_length, run.train.micro_batch_size
     refuse_misfit(mesh, run.model, T, sizes, micro)
     model = abstract_model(run.model, kernels)
@@ -142,10 +141,14 @@ def _dumped_traffic(folder: Path, mesh_shape: dict[str, int]) -> Traffic | None:
     return None
 
 
+def _batch_sizes(run: RunConfig) -> list[int]:
+    """Every size of a batch in the schedule, whether the run gets there or not."""
+    return [run.data.batch_size, *(size for _, size in run.data.batch_size_schedule)]
+
+
 def abstract_batch(run: RunConfig, mesh: Mesh) -> Batch:
     """The shapes of the run's largest batch, as the loader makes it."""
-    sizes = [run.data.batch_size, *(size for _, size in run.data.batch_size_schedule)]
-    shape, sharding = (max(sizes), run.data.sequence_length), batch_sharding(mesh)
+    shape, sharding = (max(_batch_sizes(run)), run.data.sequence_length), batch_sharding(mesh)
 
     def array(dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

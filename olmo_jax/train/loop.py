@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -135,8 +134,7 @@ class _Loop:
             self.plan.batch_sizes,
             run.train.micro_batch_size,
         )
-        kernels = kernels_for(run.model, self.mesh.devices.flat[0])
-        kernels = replace(kernels, context=run.mesh.context_form)
+        kernels = kernels_for(run.model, self.mesh.devices.flat[0], run.mesh.context_form)
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size
