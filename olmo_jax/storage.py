@@ -1,10 +1,11 @@
-"""Paths on this machine and in buckets (gs://, s3://): the one file that tells them apart.
+"""Paths on this machine, in buckets (gs://, s3://) and on web servers (http://, https://, which are
+only read): the one file that tells them apart.
 
 Paths are `pathlib`'s here and etils' `epath`'s there, which go through fsspec (gcsfs, s3fs: the
 extra `remote`); arrays go through tensorstore's own drivers (`kvstore`). An object appears whole or
 not at all, so a write needs no temporary file; nothing can be renamed or appended to. Every room
-may import this file: it imports nothing of ours but `errors`, no jax, and a bucket's library only
-when there is a bucket.
+may import this file: it imports nothing of ours but `errors` and `web`, no jax, and a bucket's
+library only when there is a bucket.
 """
 
 import errno
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from olmo_jax.errors import UserError
+from olmo_jax.web import WebFiles
 
 # The libraries try again by themselves; here an answer that ended early is asked for again, too.
 _RETRY_SECONDS, _FIRST_DELAY = 60.0, 0.2
@@ -47,13 +49,22 @@ class Entry(NamedTuple):
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether a path is an address in a bucket."""
-    return re.match(r"(gs|s3)://", os.fspath(path)) is not None
+    """Whether a path is an address in a bucket or on a web server."""
+    return re.match(r"(gs|s3|https?)://", os.fspath(path)) is not None
+
+
+def is_web(path: PathLike) -> bool:
+    """Whether a path is an address on a web server, where nothing is listed or written."""
+    return re.match(r"https?://", os.fspath(path)) is not None
 
 
 def location(path: PathLike) -> Path:
     """An absolute path; for a bucket an epath.Path, which has pathlib's methods for what is here.
-    UserError without the libraries for buckets."""
+    UserError without the libraries for buckets, and for a web server's address."""
+    if is_web(path):
+        raise UserError(
+            f"{path}: nothing can be written there; give a local folder, gs:// or s3://"
+        )
     if not is_remote(path):
         if "\\" in str(here := Path(path).expanduser().absolute()):  # tensorstore takes it for a /
             raise UserError(f"{here}: has a backslash in it, which runs cannot have; rename it")
@@ -65,7 +76,9 @@ def location(path: PathLike) -> Path:
 
 
 def file_system(path: PathLike) -> Any:
-    """fsspec's file system for a bucket. UserError without its library."""
+    """fsspec's file system for a bucket, or ours for the web. UserError without its library."""
+    if is_web(path):
+        return WebFiles()
     try:
         return _file_system(os.fspath(path).partition("://")[0], os.getpid())
     except (ImportError, ValueError) as error:
@@ -107,7 +120,10 @@ def size(path: PathLike) -> int:
     if not is_remote(path):
         return os.path.getsize(path)
     files = file_system(path)
-    return int(_retrying(lambda: files.info(os.fspath(path)))["size"])
+    found = _retrying(lambda: files.info(os.fspath(path)))["size"]
+    if found is None:
+        raise OSError(errno.EIO, "the server does not say how long it is")
+    return int(found)
 
 
 def read(path: PathLike, start: int = 0, end: int | None = None) -> bytes:
@@ -220,7 +236,7 @@ def _retrying(call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+        except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
             raise
         except Exception as error:  # the libraries below fsspec have each their own classes
             if time.monotonic() + delay > deadline or type(error).__name__ in _HINTS:

@@ -1,7 +1,7 @@
 """Checkpoints that lie elsewhere: fetched, only the files that are needed, and then read as local.
 
 A hub id (`owner/name`) goes through huggingface_hub and its cache; gs://, s3:// and http(s)://
-through fsspec (http by the standard library), into a cache of ours. Both libraries are asked for
+through `storage`'s file systems, into a cache of ours. Both libraries are asked for
 when they are needed: the extra `hf`, and for a bucket `remote` (fsspec's gcsfs and s3fs).
 """
 
@@ -11,9 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +113,7 @@ def _shards(index: str | bytes, where: str) -> set[str]:
 def _fetch(url: str) -> Path:
     """A copy of a folder at a URL, in our cache."""
     protocol = url.partition("://")[0]
-    files: Any = _Web() if protocol in ("http", "https") else storage.file_system(url)
+    files = storage.file_system(url)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "remote"
     name = url.rpartition("/")[2] or "root"
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
@@ -158,36 +155,6 @@ def _fetch(url: str) -> Path:
     for name in {*_SMALL, *(name for pair in _WEIGHTS for name in pair)} - set(wanted):
         (folder / name).unlink(missing_ok=True)  # what is no longer there
     return folder
-
-
-class _Web:
-    """The few calls of an fsspec file system that are needed here, on a web server."""
-
-    def _open(self, url: str, method: str = "GET"):
-        return urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=60)
-
-    def exists(self, url: str) -> bool:
-        try:
-            self._open(url, "HEAD").close()
-        except urllib.error.HTTPError as error:
-            if error.code in (403, 404, 410):
-                return False
-            raise
-        return True
-
-    def info(self, url: str) -> dict[str, Any]:
-        with self._open(url, "HEAD") as answer:
-            length = answer.headers.get("Content-Length")
-            version = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
-        return {"size": None if length is None else int(length), "version": version}
-
-    def cat_file(self, url: str) -> bytes:
-        with self._open(url) as answer:
-            return answer.read()
-
-    def get_file(self, url: str, target: str) -> None:
-        with self._open(url) as answer, open(target, "wb") as file:
-            shutil.copyfileobj(answer, file, 2**20)
 
 
 def _listing(files: Any, url: str, protocol: str) -> set[str]:

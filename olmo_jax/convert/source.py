@@ -25,7 +25,7 @@ from olmo_jax.convert.table import Row
 from olmo_jax.convert.torch_files import TorchTensors
 from olmo_jax.errors import UserError, validation_faults
 from olmo_jax.model.config import ModelConfig
-from olmo_jax.storage import is_remote, reason
+from olmo_jax.storage import is_remote, is_web, reason
 
 TORCH = "pytorch_model.bin"
 _MAX_SMALL_FILE = 64 * 2**20
@@ -197,7 +197,7 @@ def open_moments(path: str | Path) -> Moments | None:
 
 def _in_bucket(path: str | Path, step: int | None) -> tuple[CheckpointReader, int] | None:
     """A checkpoint of ours in a bucket, which is read where it lies."""
-    if not is_remote(path):
+    if not is_remote(path) or is_web(path):
         return None
     try:
         return find_checkpoint(path, step)

@@ -1,4 +1,4 @@
-"""Token files in a bucket: read by ranges, in blocks of which a bounded number is kept.
+"""Token files in a bucket or on the web: read by ranges, in blocks of which so many are kept.
 
 Reading only; one cache for each process, so worker processes share nothing.
 """
@@ -20,7 +20,7 @@ _lock = threading.Lock()  # reading threads share the blocks
 
 
 class RemoteTokens:
-    """The tokens of a file at gs:// or s3://; a slice of it is a read and gives an array."""
+    """The tokens of a file elsewhere; a slice of it is a read and gives an array."""
 
     def __init__(self, path: str, dtype: str, size: int):
         self._path, self._dtype, self._size = path, np.dtype(dtype), size
@@ -29,7 +29,7 @@ class RemoteTokens:
         return self._size
 
     def __getitem__(self, span: slice) -> np.ndarray:
-        """Raises UserError when the bucket gives no answer in spite of retries."""
+        """Raises UserError when no answer comes in spite of retries."""
         first, last, _ = span.indices(self._size)
         start, end = (at * self._dtype.itemsize for at in (first, max(first, last)))
         try:

@@ -49,7 +49,7 @@ class TokenFile:
 
     @property
     def tokens(self) -> np.ndarray | RemoteTokens:
-        """The whole file as a read-only memory map, (size,); in a bucket, its slices are reads."""
+        """The whole file as a read-only memory map, (size,); elsewhere, its slices are reads."""
         if storage.is_remote(self.path):
             return RemoteTokens(self.path, self.dtype, self.size)
         return _memory_map(self.path, self.dtype, self.size)
@@ -83,7 +83,8 @@ def find_files(patterns: Iterable[str]) -> list[str]:
             found += _find_remote(pattern)
         elif "://" in pattern:
             raise UserError(
-                f"{pattern}: token files are read from a local disk, gs:// or s3://; copy it to one"
+                f"{pattern}: token files are read from a local disk, gs://, s3://, http:// or "
+                "https://; copy it to one"
             )
         elif os.path.isfile(pattern):
             found.append(pattern)
@@ -105,6 +106,8 @@ def _find_remote(pattern: str) -> list[str]:
             if not storage.exists(pattern):
                 raise UserError(f"{pattern}: no such token file")
             return [pattern]
+        if storage.is_web(pattern):
+            raise UserError(f"{pattern}: a web server lists no files; name each one")
         found = storage.matches(pattern)
     except OSError as e:
         raise UserError(f"{pattern}: cannot be looked for: {e.strerror or e}") from None
@@ -114,7 +117,7 @@ def _find_remote(pattern: str) -> list[str]:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A small file for reading: one on this machine, or all of one in a bucket. Raises OSError."""
+    """A small file for reading: one on this machine, or all of one elsewhere. Raises OSError."""
     return io.BytesIO(storage.read(path)) if storage.is_remote(path) else open(path, "rb")
 
 

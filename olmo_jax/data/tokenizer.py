@@ -3,12 +3,14 @@
 Encoding documents into token files is `tokenize`'s.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from olmo_jax import storage
 from olmo_jax.data.documents import read_jsonl, total_bytes
 from olmo_jax.data.token_files import write_atomically
 from olmo_jax.errors import UserError
@@ -66,16 +68,29 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a tokenizer.json or the folder that holds one. Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer; give a tokenizer.json or its folder")
+    """A tokenizer from a tokenizer.json or the folder that holds one, here or at an address that
+    `storage` knows. Raises UserError."""
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(read_tokenizer(path).decode())
+    except UserError:
+        raise
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer of the `tokenizers` library ({e})") from None
+
+
+def read_tokenizer(path: str | Path) -> bytes:
+    """The content of a tokenizer.json, given or in the given folder. Raises UserError."""
+    if storage.is_remote(path):
+        is_folder = not os.fspath(path).endswith(".json")
+        path = f"{str(path).rstrip('/')}/tokenizer.json" if is_folder else path
+    elif Path(path).is_dir():
+        path = Path(path) / "tokenizer.json"
+    try:
+        return storage.read(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such tokenizer; give a tokenizer.json or its folder") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
 def special_token_id(tokenizer: Tokenizer, token: str) -> int:

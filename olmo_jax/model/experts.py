@@ -36,7 +36,8 @@ class Experts(nnx.Module):
         self.down = make("down", (e, f, d), ("expert", "mlp", "embed"), out_std)
         self.flat = kernels.linear == "flat"
         normalize = config.normalize_expert_weights
-        self.options = config.experts_per_token, normalize, kernels.experts
+        forms = kernels.experts, kernels.exchange
+        self.options = config.experts_per_token, normalize, forms
 
     def __call__(self, x_BTD, weights_BT=None) -> tuple[jax.Array, RouterSums | None]:
         """The output, and the router's sums over tokens times weights_BT, where those are given."""

@@ -3,11 +3,8 @@
 Every token visits its A most probable experts, however many others chose the same ones. Shapes are
 static; only how much of them is used depends on the routing.
 
-On a mesh the experts are cut over `expert`, and so are the batch's rows. The devices along it give
-each other all their tokens, each adds up what its own experts make of them, and the sums go back
-to where the tokens came from. Where a token visits as many experts as there are devices along the
-axis, or more (OLMoE: 8), an exchange of single copies would send no less, and its shapes would
-have to hold the worst case.
+On a mesh the experts are cut over `expert`, and so are the batch's rows: tokens travel to the
+devices that hold their experts, and the sums come back (exchange.py, with what it costs).
 """
 
 from functools import partial
@@ -19,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from olmo_jax.ops import experts_grouped, experts_ragged
+from olmo_jax.ops.exchange import away, find_paths, home
 from olmo_jax.parallel.mesh import current_mesh
 from olmo_jax.parallel.sharding import cuts
 
@@ -70,10 +68,13 @@ def mixture(
     down_EFD: jax.Array,
     per_token: int,
     normalize: bool,
-    form: str,
+    forms: tuple[str, str],
 ) -> tuple[jax.Array, RouterSums | None]:
-    """Routing, experts and, where the tokens' weights are given, the router's sums over them."""
-    run = partial(_mixture, per_token=per_token, normalize=normalize, form=form)
+    """Routing, experts and, where the tokens' weights are given, the router's sums over them.
+
+    forms are `Kernels.experts` and `Kernels.exchange`.
+    """
+    run = partial(_mixture, per_token=per_token, normalize=normalize, forms=forms)
     mesh = current_mesh()
     if mesh is None:
         return run(x_BTD, logits_BTE, weights_BT, gate_EDF, up_EDF, down_EFD)
@@ -100,7 +101,7 @@ def _mixture(
     *,
     per_token: int,
     normalize: bool,
-    form: str,
+    forms: tuple[str, str],
     group: tuple[str, ...] = (),
     tokens: tuple[str, ...] = (),
     embed: tuple[str, ...] = (),
@@ -115,17 +116,29 @@ def _mixture(
         sums = router_sums(logits_NE, routing, weights_BT.reshape(-1))
         sums = lax.psum(sums, tokens) if tokens else sums
     E, here = logits_NE.shape[1], gate_EDF.shape[0]
-    exchanged = tuple(axis for axis in group if axis in tokens)
+    # Along `tensor` each device has a part of every expert's width, so all tokens are for all.
+    gathered = tuple(axis for axis in group if axis in tokens and axis != "expert")
     inputs = x_ND, routing.weights_NA, routing.chosen_NA
-    if exchanged:
-        inputs = jax.tree.map(lambda a: lax.all_gather(a, exchanged, tiled=True), inputs)
+    if gathered:
+        inputs = jax.tree.map(lambda a: lax.all_gather(a, gathered, tiled=True), inputs)
     x, weights, chosen = inputs
+    copies, first, paths = chosen.size, 0, None
     if here < E:
-        chosen = chosen - lax.axis_index("expert") * here
+        first = lax.axis_index("expert") * here
+        if "expert" in tokens:
+            paths = find_paths(chosen // here, "expert", forms[1])
+            x, weights = away(x, paths, "expert"), away(weights, paths, "expert")
+            chosen = away(chosen + 1, paths, "expert") - 1  # -1 where nothing came
+        chosen = chosen - first
         chosen = jnp.where((chosen >= 0) & (chosen < here), chosen, here)
-    y_ND = experts(x, weights, chosen, gate_EDF, up_EDF, down_EFD, form, embed, E // here)
-    if exchanged:
-        y_ND = lax.psum_scatter(y_ND, exchanged, tiled=True)
+    if here < per_token:  # a token visits no more than all of them
+        chosen, weights = (a[:, :here] for a in lax.sort((chosen, weights), num_keys=1))
+    parts = max(1, chosen.size // copies) if paths else E // here
+    y_ND = experts(x, weights, chosen, gate_EDF, up_EDF, down_EFD, forms[0], embed, parts)
+    if paths:
+        y_ND = home(y_ND, paths, "expert")
+    if gathered:
+        y_ND = lax.psum_scatter(y_ND, gathered, tiled=True)
     same = tuple(axis for axis in group if axis not in tokens)
     y_ND = lax.psum(y_ND, same) if same else y_ND
     return y_ND.reshape(B, T, D), sums

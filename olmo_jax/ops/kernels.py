@@ -46,6 +46,9 @@ class Kernels:
     experts: Literal["grouped", "ragged", "reference"] = "ragged"
     """"grouped": blocks of tokens of one expert in a loop; "ragged": XLA's own grouped product;
     "reference": every expert on every token."""
+    exchange: Literal["ragged", "padded"] = "ragged"
+    """How tokens reach experts on other devices. "ragged": what there is to send; "padded": blocks
+    that hold the worst case (jax has no ragged exchange for CPU)."""
     layers: Literal["scanned", "unrolled"] = "scanned"
     """"scanned" compiles one layer and runs it L times; "unrolled" compiles them all."""
     cross_entropy_tokens: int = 2048
@@ -95,7 +98,11 @@ def pick_kernels(
     """The forms for a device (`.platform`, `.device_kind`) and what the model's attention is."""
     if platform == "cpu":
         return Kernels(
-            linear="flat", experts="grouped", layers="unrolled", cross_entropy_tokens=1024
+            linear="flat",
+            experts="grouped",
+            exchange="padded",
+            layers="unrolled",
+            cross_entropy_tokens=1024,
         )
     if platform == "tpu":
         return _tpu(device_kind, head_width, alibi, compute_dtype)

@@ -39,7 +39,7 @@ from olmo_jax.train.plan import Plan
 from olmo_jax.train.profile import Profile
 from olmo_jax.train.progress import Progress
 from olmo_jax.train.resume import refuse_changes, refuse_gap
-from olmo_jax.train.start import initial_state, read_tokenizer, write_facts
+from olmo_jax.train.start import initial_state, open_tokenizer, write_facts
 from olmo_jax.train.step import Trainer, TrainState
 from olmo_jax.train.step_log import StepLog
 
@@ -111,7 +111,7 @@ class _Loop:
         self.run, self.watch = run, watch
         self.first_process = is_first()
         self.folder = RunFolder(run.train.run_dir)
-        self.tokenizer, tokenizer_file = read_tokenizer(run.train.tokenizer)
+        self.tokenizer, tokenizer_file = open_tokenizer(run.train.tokenizer)
         self.plan = Plan(run)
         self.dataset: DataSet | None = None  # a plan of no steps (a soup) needs none
         if self.plan.steps:

@@ -6,7 +6,6 @@ Going on from a checkpoint is resume.py's and checkpoint/'s.
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from olmo_jax.convert.average import refuse_other_model
 from olmo_jax.convert.load import load_moments, load_sharded
 from olmo_jax.convert.source import saved_model
 from olmo_jax.data.dataset import DataSet
-from olmo_jax.data.tokenizer import load_tokenizer
+from olmo_jax.data.tokenizer import load_tokenizer, read_tokenizer
 from olmo_jax.model.transformer import Transformer, parameters
 from olmo_jax.parallel.environment import environment
 from olmo_jax.train.config import RunConfig
@@ -98,10 +97,8 @@ def write_facts(
         folder.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes]]:
+def open_tokenizer(path: str | None) -> tuple[Tokenizer | None, dict[str, bytes]]:
     """The run's tokenizer, and its file to be kept with each checkpoint."""
     if path is None:
         return None, {}
-    tokenizer = load_tokenizer(path)
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    return tokenizer, {"tokenizer.json": file.read_bytes()}
+    return load_tokenizer(path), {"tokenizer.json": read_tokenizer(path)}
