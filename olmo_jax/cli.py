@@ -413,6 +413,7 @@ class Samples:
 
     def __call__(self, model, step: int) -> "Evaluation":
         from olmo_jax.generate import Sampling, generate_text
+        from olmo_jax.parallel.watch import beat
         from olmo_jax.train.evaluate import Evaluation
 
         samples, sampling = [], Sampling(temperature=0.8, top_p=0.95)
@@ -420,7 +421,11 @@ class Samples:
             pieces = generate_text(
                 model, self.tokenizer, prompt, self.max_tokens, sampling, eos_id=self.eos_id
             )
-            samples.append((prompt, "".join(pieces)))
+            text = ""
+            for piece in pieces:
+                text += piece
+                beat()  # a token
+            samples.append((prompt, text))
         return Evaluation({}, samples)
 
 

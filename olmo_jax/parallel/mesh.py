@@ -73,7 +73,10 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
 def _arranged(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     """The devices in the mesh's shape, neighbours along the last axes close in the network."""
     shape = tuple(sizes.values())
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    # jax calls each host of a GPU cluster a slice too. There any axis may go from host to host, and
+    # the devices' own order has each host's together.
+    is_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if is_tpu else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes["slice"] != slices:
@@ -82,7 +85,10 @@ def _arranged(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
             f"Mesh.slice = {slices}, so that the other axes stay within a slice"
         )
     return mesh_utils.create_hybrid_device_mesh(
-        (1, *shape[1:]), (slices, *(1,) * (len(shape) - 1)), devices
+        (1, *shape[1:]),
+        (slices, *(1,) * (len(shape) - 1)),
+        devices,
+        allow_split_physical_axes=True,
     )
 
 

@@ -31,8 +31,8 @@ SHOW_CURSOR = b"\x1b[?25h"
 class Watch(threading.Thread):
     """A thread that looks about once a second; `client` None: there are no other processes.
 
-    The main thread calls `step` after each step, and does under `paused` what may take longer than
-    a step (compiling, evaluating).
+    The main thread calls `step` after each step, `beat` on the way through longer work between two
+    (evaluating), and does under `paused` what has no limit (building an index of the data).
     """
 
     def __init__(self, client: Any = None, index: int = 0, count: int = 1, coordinator: str = ""):
@@ -58,8 +58,10 @@ class Watch(threading.Thread):
 
     def begin(self, step: int, hang_minutes: float | None) -> None:
         """Training begins, with `step` steps finished; from now on a hang is noticed."""
+        global _counting
         self._step, self._progress = step, time.monotonic()
         self.hang_seconds = None if hang_minutes is None else hang_minutes * 60
+        _counting = self
 
     def step(self, done: int) -> bool:
         """After `done` steps: whether to stop here, as all processes do. Waits only while a stop is
@@ -73,11 +75,16 @@ class Watch(threading.Thread):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in this scope may take longer than a step."""
+        """What is done in this scope may take any time."""
         self._progress = None
         try:
             yield
         finally:
+            self._progress = time.monotonic()
+
+    def beat(self) -> None:
+        """Work between two steps goes on."""
+        if self._progress is not None:
             self._progress = time.monotonic()
 
     def request_stop(self, number: int) -> None:
@@ -195,6 +202,8 @@ class Watch(threading.Thread):
     def _end_hang(self, verdict: dict[str, Any]) -> NoReturn:
         limit = (self.hang_seconds or 0) / 60
         told = f"no step for {limit:g} minutes after step {verdict['step']} (Train.hang_minutes)"
+        if not verdict["step"]:
+            told += ", in which the first one's compiling counts too"
         stacks = {self.index: _stacks()}
         if self.client is not None:
             with suppress(Exception):
@@ -266,6 +275,7 @@ def _stacks() -> str:
 
 
 _watch: Watch | None = None
+_counting: Watch | None = None
 
 
 def set_watch(watch: Watch) -> None:
@@ -276,3 +286,9 @@ def set_watch(watch: Watch) -> None:
 def the_watch() -> Watch | None:
     """The watch over several processes, None where there is one."""
     return _watch
+
+
+def beat() -> None:
+    """Long work in the main thread, such as an evaluator's, goes on: no hang so far."""
+    if _counting is not None:
+        _counting.beat()

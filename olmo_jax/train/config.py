@@ -71,8 +71,8 @@ class TrainConfig:
     nonfinite_steps: int = 5
     """Steps in a row with a loss or gradient that is not finite after which the run stops."""
     hang_minutes: float | None = 30.0
-    """Minutes without a step after which the run ends and shows where each process was; compiling
-    and evaluating are not counted. None: never."""
+    """Minutes without a step, or a batch of an evaluation, after which the run ends and shows where
+    each process was. Compiling a step counts: leave it time. None: never."""
     deterministic: bool = False
     """On GPU, ask XLA for deterministic kernels, so that a resumed run is bit-identical."""
     xla_flags: tuple[str, ...] = ()

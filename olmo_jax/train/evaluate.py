@@ -27,6 +27,7 @@ from olmo_jax.errors import UserError
 from olmo_jax.model.transformer import Transformer
 from olmo_jax.parallel.mesh import on_mesh
 from olmo_jax.parallel.sharding import batch_parts, replicated, to_global
+from olmo_jax.parallel.watch import beat
 from olmo_jax.train.step import laid_out, loss_function
 
 _BLOCK = 1 << 20  # tokens looked at together
@@ -40,7 +41,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Anything that the loop calls every `Train.heldout_every` steps and at the end."""
+    """Anything that the loop calls every `Train.heldout_every` steps and at the end.
+
+    One that may take longer than `Train.hang_minutes` calls `parallel.watch.beat` on its way.
+    """
 
     def __call__(self, model: Transformer, step: int) -> Evaluation: ...
 
@@ -87,6 +91,7 @@ class HeldOut:
         nats = 0.0
         for batch in self._batches():
             nats += float(self._score(model, to_global(self.mesh, batch)))
+            beat()
         loss, n_bytes = nats / sum(file.size for file in self.files), sum(self.bytes)
         metrics = {"heldout/loss": loss, "heldout/perplexity": math.exp(min(loss, 700.0))}
         if n_bytes:

@@ -221,10 +221,9 @@ class _Loop:
             self._save(0, state)
         log = StepLog(self.run, self.plan, self.mesh, self.writer, self.progress, first)
         self.watch.begin(first, self.run.train.hang_minutes)
-        compiled: set[int] = set()
         for step in range(first, end):
             waiting = time.perf_counter()
-            with nullcontext() if compiled else self.watch.paused():  # an index may be built
+            with self.watch.paused() if step == first else nullcontext():  # an index may be built
                 at, batch = next(batches)
             assert at == step + ahead, (at, step)
             waited = time.perf_counter() - waiting
@@ -232,10 +231,8 @@ class _Loop:
             self.profile.before(step + 1)
             ids_B, size = batch.instance_ids_B, self.dataset.batch_size(at)
             assert ids_B is not None
-            with nullcontext() if size in compiled else self.watch.paused():
-                inputs = self._on_devices(batch, size)
-                state, metrics = self.trainer.step(state, inputs, rate, clip)
-            compiled.add(size)
+            inputs = self._on_devices(batch, size)
+            state, metrics = self.trainer.step(state, inputs, rate, clip)
             log.dispatched(step, metrics, ids_B, rate, waited)
             self.profile.after(step + 1, log.fetch, self.progress.message)
             self.checkpointer.check()
@@ -257,8 +254,7 @@ class _Loop:
             self._stop_nonfinite(state, log)
         if evaluate:
             try:
-                with self.watch.paused():
-                    self._evaluate(state, done)
+                self._evaluate(state, done)
             except Exception:  # the next start is not to repeat the steps up to here
                 self._save_last_good(state, log)
                 raise
@@ -286,6 +282,7 @@ class _Loop:
         model = bind(self.model, state.params)
         row: dict[str, Any] = {}
         for evaluator in self.evaluators:
+            self.watch.beat()
             found = evaluator(model, step)
             row |= found.metrics
             for prompt, text in found.samples:

@@ -5,12 +5,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from olmo_jax.errors import UserError
-from olmo_jax.parallel.mesh import MeshConfig, build_mesh
+from olmo_jax.parallel.mesh import AXES, MeshConfig, _arranged, build_mesh
 
 HERE = Path(__file__).parent
 
@@ -49,7 +50,14 @@ MIXED = [
     "fsdp=2,context=4,ring",
     "slice=2,fsdp=4",
 ]
-EXPERTS = ["expert=8", "expert=4,fsdp=2", "expert=2,context=2,tensor=2"]
+EXPERTS = [
+    "expert=8",
+    "expert=4,fsdp=2",
+    "expert=2,context=2,tensor=2",
+    "expert=8,ragged",
+    "expert=4,fsdp=2,ragged",
+    "expert=2,context=2,tensor=2,ragged",
+]
 
 
 @pytest.mark.slow
@@ -94,6 +102,10 @@ def test_attention_of_sequences_cut_over_devices_is_the_references():
     on_devices(str(HERE / "attention_worker.py"))
 
 
+def test_experts_cut_over_devices_drop_no_token():
+    on_devices(str(HERE / "exchange_worker.py"))
+
+
 def test_what_travels_between_devices():
     on_devices(str(HERE / "travel_worker.py"))
 
@@ -128,3 +140,15 @@ def test_weights_are_the_same_on_every_mesh():
 def test_a_mesh_that_is_none_is_refused_with_the_numbers(mesh, message):
     with pytest.raises(UserError, match=message):
         build_mesh(MeshConfig(**mesh), jax.devices()[:1] * 8)
+
+
+def test_any_axis_may_go_from_host_to_host_of_a_gpu_cluster():
+    """jax calls hosts slices there, too; the last axes stay within one."""
+    devices = [
+        SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", id=i, slice_index=i // 8)
+        for i in range(16)
+    ]
+    for shape in ((1, 1, 16, 1, 1, 1), (2, 1, 8, 1, 1, 1), (1, 4, 1, 1, 4, 1)):
+        arranged = _arranged(dict(zip(AXES, shape, strict=True)), devices)
+        assert arranged.shape == shape
+        assert [device.id for device in arranged.flat] == list(range(16))

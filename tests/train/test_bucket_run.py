@@ -31,7 +31,7 @@ Checkpoint.ephemeral_every = 3
 """
 
 
-@pytest.fixture(scope="module", params=["s3"])
+@pytest.fixture(scope="module", params=["s3", "gs"])
 def place(request, tmp_path_factory):
     """An address in a bucket with token files; this process and its children find the server
     through a proxy with these faults."""
@@ -51,11 +51,13 @@ def place(request, tmp_path_factory):
         forget()
 
 
-def start(place, run: str, *bindings: str) -> subprocess.Popen:
+def start(place, run: str, processes: int, *bindings: str) -> subprocess.Popen:
     folder, url, _ = place
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "olmo_jax.cli", "train", f"--gin_file={folder}/test.gin"]
+    several = ["launch", "local", f"--processes={processes}", "--"] if processes > 1 else []
+    command = [sys.executable, "-m", "olmo_jax.cli", *several]
+    command += ["train", f"--gin_file={folder}/test.gin"]
     command += [f"--gin.Data.paths=('{url}/tokens.npy',)"]
     command += [f"--gin.Train.run_dir='{url}/{run}'", *(f"--gin.{b}" for b in bindings)]
     return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
@@ -77,11 +79,15 @@ def weights(url: str, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly_in_spite_of_faults(place):
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_killed_run_resumes_exactly_in_spite_of_faults(place, n):
+    """The processes of the one that is killed end with the one that started them."""
     _, url, faults = place
-    finish(start(place, "whole"))
-    killed = start(place, "killed")
-    reader = CheckpointReader(RunFolder(f"{url}/killed").checkpoints)
+    faults.done = []
+    whole, run = f"{url}/whole{n}", f"{url}/killed{n}"
+    finish(start(place, f"whole{n}", n))
+    killed = start(place, f"killed{n}", n)
+    reader = CheckpointReader(RunFolder(run).checkpoints)
     deadline = time.monotonic() + 100
     while not reader.steps() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -90,19 +96,19 @@ def test_a_killed_run_resumes_exactly_in_spite_of_faults(place):
     first = reader.steps()
     assert first and max(first) < 12, first
     faults.kinds, faults.every = ("500", "cut", "slow"), 5
-    errors = finish(start(place, "killed"))
+    errors = finish(start(place, f"killed{n}", n))
     faults.kinds = ()
-    assert f"resuming {url}/killed from step" in errors
+    assert f"resuming {run} from step" in errors
     assert {kind for kind, _, _ in faults.done} == {"500", "cut", "slow"}
     assert reader.steps() == [6, 9, 12]  # the newest ephemeral one too
     for name in ("loss", "grad_norm"):
-        assert [row[name] for row in rows(f"{url}/killed", "metrics.jsonl")] == [
-            row[name] for row in rows(f"{url}/whole", "metrics.jsonl")
+        assert [row[name] for row in rows(run, "metrics.jsonl")] == [
+            row[name] for row in rows(whole, "metrics.jsonl")
         ]
-    instances = rows(f"{url}/killed", "instances.jsonl")
-    assert instances == rows(f"{url}/whole", "instances.jsonl")
+    instances = rows(run, "instances.jsonl")
+    assert instances == rows(whole, "instances.jsonl")
     assert [row["step"] for row in instances] == list(range(1, 13))
-    a, b = weights(f"{url}/whole", 12), weights(f"{url}/killed", 12)
+    a, b = weights(whole, 12), weights(run, 12)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])

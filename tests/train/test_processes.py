@@ -111,10 +111,12 @@ class Processes:
         return [process.returncode for process in self.members], errors
 
 
-def rows(run: Path, name: str = "metrics") -> list[dict]:
+def rows(run: Path, name: str = "metrics", heldout: bool = False) -> list[dict]:
+    """The steps' rows, or the evaluations'."""
     file = run / f"{name}.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in found if ("heldout/loss" in row) == heldout]
 
 
 def wait_for(process: subprocess.Popen, condition) -> None:
@@ -130,10 +132,10 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run)]
 
 
-def assert_as_one_process(place: Path, run: str) -> None:
+def assert_as_one_process(place: Path, run: str, *bindings: str) -> None:
     """The same instances and losses, step by step, as one process without a stop."""
     steps = len(rows(place / run))
-    alone = start(place, command(place, f"{run}-alone", f"Train.stop_at={steps}"))
+    alone = start(place, command(place, f"{run}-alone", f"Train.stop_at={steps}", *bindings))
     _, errors = alone.communicate(timeout=200)
     assert alone.returncode == 0, errors
     assert rows(place / run, "instances") == rows(place / f"{run}-alone", "instances")
@@ -142,7 +144,10 @@ def assert_as_one_process(place: Path, run: str) -> None:
 
 def test_two_processes_stop_together_go_on_and_train_as_one(place):
     run = place / "two"
-    process = launch(place, 2, "two")
+    # 1001 tokens are 63 rows, the last with one of its tokens: 8 batches, one of padding in part.
+    np.fromfile(place / "tokens.npy", np.uint8)[-1001:].tofile(place / "heldout.npy")
+    heldout = f'Train.heldout=("{place}/heldout.npy",)', "Train.heldout_every=3"
+    process = launch(place, 2, "two", *heldout)
     wait_for(process, lambda: len(rows(run)) >= 4)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
@@ -150,13 +155,20 @@ def test_two_processes_stop_together_go_on_and_train_as_one(place):
     assert errors.count("SIGTERM: saved step") == 1
     saved = len(rows(run))
     assert CheckpointReader(run / "checkpoints").steps() == [saved]
-    process = launch(place, 2, "two", f"Train.stop_at={saved + 5}")
+    process = launch(place, 2, "two", f"Train.stop_at={saved + 5}", *heldout)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     assert errors.count(f"resuming {run} from step {saved}") == 1
     assert len(rows(run)) == saved + 5
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
-    assert_as_one_process(place, "two")
+    assert_as_one_process(place, "two", *heldout)
+    found, alone = (rows(place / name, heldout=True) for name in ("two", "two-alone"))
+    last = [saved + 5] if (saved + 5) % 3 else []
+    steps = [*range(3, saved + 6, 3), *last]
+    assert [row["step"] for row in found] == [row["step"] for row in alone] == steps
+    np.testing.assert_allclose(
+        [row["heldout/loss"] for row in found], [row["heldout/loss"] for row in alone], rtol=1e-5
+    )
 
 
 def test_an_error_in_one_process_ends_all_with_its_line(place):
@@ -226,27 +238,45 @@ def test_when_the_first_process_is_killed_the_others_say_so(place):
 
 
 HANGS = """
-import os, time
+import time
 from olmo_jax.data.dataset import DataSet
-batch = DataSet.batch
+from olmo_jax.parallel.processes import is_first
+from olmo_jax.train.evaluate import HeldOut
+batch, batches = DataSet.batch, HeldOut._batches
 
 def stuck_in_a_read(self, step, rows=None):
     if step == 6 and 0 not in rows:
         time.sleep(1000)
     return batch(self, step, rows)
 
-DataSet.batch = stuck_in_a_read
+def stuck_in_an_evaluation(self):
+    for k, piece in enumerate(batches(self)):
+        if k == 3 and not is_first():
+            time.sleep(1000)
+        yield piece
+
+{patch}
 from olmo_jax.cli import main
 main()
 """
 
 
 @pytest.mark.slow
-def test_a_hang_ends_all_and_shows_where_each_was(place):
-    two = Processes(place, 2, "hangs", "Train.hang_minutes=0.15", "Data.workers=0", code=HANGS)
+@pytest.mark.parametrize(
+    ("where", "patch"),
+    [
+        ("stuck_in_a_read", "DataSet.batch = stuck_in_a_read"),
+        ("stuck_in_an_evaluation", "HeldOut._batches = stuck_in_an_evaluation"),
+    ],
+)
+def test_a_hang_ends_all_and_shows_where_each_was(place, where, patch):
+    bindings = "Train.hang_minutes=0.4", "Data.workers=0", "Train.heldout_every=6"
+    heldout = f'Train.heldout=("{place}/tokens.npy",)' if "evaluation" in where else ""
+    bindings += (heldout,) if heldout else ()
+    two = Processes(place, 2, where, *bindings, code=HANGS.replace("{patch}", patch))
     statuses, errors = two.finish()
     assert statuses == [76, 76], errors
-    assert "no step for 0.15 minutes after step 6" in errors[0]
+    assert "no step for 0.4 minutes after step 6" in errors[0]
     first, second = errors[0].split("--- where process 1 was ---")
-    assert "--- where process 0 was ---" in first and "stuck_in_a_read" not in first
-    assert "stuck_in_a_read" in second
+    assert "--- where process 0 was ---" in first and where not in first
+    assert where in second
