@@ -10,12 +10,15 @@ from mesh_worker import parse  # which gives jax.lax a ragged exchange
 
 from olmo_jax.ops.experts import mixture
 from olmo_jax.parallel.mesh import build_mesh, on_mesh
+from olmo_jax.parallel.sharding import replicated
 
 B, T, D, F, E, A = 8, 6, 10, 4, 16, 3
 
 
-def gradients(mesh, exchange, x_BTD, logits_BTE, *matrices):
-    """The output, and the gradients of a bent sum of it."""
+def gradients(mesh_text: str, exchange: str, cases):
+    """Of each case the output, and the gradients of a bent sum of it."""
+    config = parse(mesh_text)
+    mesh = build_mesh(config, jax.devices()[: config.expert * config.fsdp])
 
     def total(x_BTD, logits_BTE, *matrices):
         forms = "reference", exchange
@@ -25,30 +28,22 @@ def gradients(mesh, exchange, x_BTD, logits_BTE, *matrices):
     @jax.jit
     def run(*inputs):
         with on_mesh(mesh):
-            return jax.value_and_grad(total, argnums=range(5), has_aux=True)(*inputs)
+            return jax.value_and_grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(*inputs)
 
-    (_, y_BTD), found = run(x_BTD, logits_BTE, *matrices)
-    return jax.device_get((y_BTD, found))
-
-
-def check(mesh_text: str, exchange: str) -> None:
-    keys = jax.random.split(jax.random.key(0), 5)
-    shapes = (B, T, D), (B, T, E), (E, D, F), (E, D, F), (E, F, D)
-    inputs = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-    mesh = build_mesh(parse(mesh_text), jax.devices())
-    one = build_mesh(parse("fsdp=1"), jax.devices()[:1])
-    for favoured in (None, slice(0, A), slice(E - A, E)):
-        if favoured is not None:
-            inputs[1] = inputs[1].at[:, :, favoured].add(100)
-        want = gradients(one, exchange, *inputs)
-        found = gradients(mesh, exchange, *inputs)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-            assert np.linalg.norm(a - b) <= 1e-5 * max(1, np.linalg.norm(b)), (mesh_text, exchange)
-        inputs[1] = jax.random.normal(keys[1], shapes[1])
-    print("same", mesh_text, exchange)
+    return [jax.device_get(run(*jax.device_put(case, replicated(mesh)))) for case in cases]
 
 
 if __name__ == "__main__":
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (B, T, D), (B, T, E), (E, D, F), (E, D, F), (E, F, D)
+    x, logits, *matrices = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    matrices = [0.3 * a for a in matrices]
+    one_sided = [logits.at[:, :, favoured].add(100) for favoured in (slice(0, A), slice(E - A, E))]
+    cases = [(x, routing, *matrices) for routing in (logits, *one_sided)]
+    want = gradients("fsdp=1", "padded", cases)
     for mesh in ("expert=8", "expert=2,fsdp=4"):  # more devices than a token visits, and fewer
         for form in ("padded", "ragged"):
-            check(mesh, form)
+            found = gradients(mesh, form, cases)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                error = np.linalg.norm(a - b) / max(1, np.linalg.norm(b))
+                assert error < 1e-5, (mesh, form, error)
