@@ -1,6 +1,8 @@
 """Token files in a bucket or on the web: read by ranges, in blocks of which so many are kept.
 
-Reading only; one cache for each process, so worker processes share nothing.
+Reading only; one cache for each process, so worker processes share nothing. In memory: a permuted
+order meets a block again after a share of the epoch that only a copy of all data would span, and 16
+instances a host and step are 4 MiB to read, a block each.
 """
 
 import threading

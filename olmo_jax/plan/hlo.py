@@ -66,7 +66,8 @@ class Collective:
     devices: tuple[int, ...]
     """One of its groups: indices into the mesh's devices, flat."""
     payload: int
-    """Bytes of the whole array: what an all-gather gives, what a reduction takes."""
+    """Bytes of the whole array: what an all-gather gives, what a reduction takes; of a ragged
+    exchange the most that there can be."""
     times: float
 
     @property
@@ -265,6 +266,8 @@ class _Reader:
         if i.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
             result -= given  # its tuple holds the operands too
         payload = result if kind == "all-gather" else given
+        if kind == "ragged-all-to-all":  # rows, and the room for them: on average the smaller one
+            payload = min(sum(s.bytes for s in _result(body, name)) for name in i.operands[:2])
         group = replica_group(i.rest, math.prod(self.mesh_shape.values()))
         return Collective(kind, self._axes(group), group, payload, times)
 

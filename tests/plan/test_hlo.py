@@ -47,6 +47,20 @@ def test_a_batched_product_that_a_tpu_writes_as_a_convolution():
     assert products(body["c"], body) == 2 * 16 * 128 * 64 * 32
 
 
+def test_a_ragged_exchange_sends_no_more_rows_than_there_are_or_fit():
+    """Of what a device has, its own part stays."""
+    text = (
+        "ENTRY %main (x: bf16[64,8], y: bf16[32,8], n: s32[4]) -> bf16[32,8] {\n"
+        "  %x = bf16[64,8]{1,0} parameter(0)\n"
+        "  %y = bf16[32,8]{1,0} parameter(1)\n"
+        "  %n = s32[4]{0} parameter(2)\n"
+        "  %r = bf16[32,8]{1,0} ragged-all-to-all(%x, %y, %n, %n, %n, /*index=5*/%n), "
+        "channel_id=1, replica_groups={{0,1,2,3}}, metadata={}\n}\n"
+    )
+    traffic = read_traffic(text, {"fsdp": 1, "expert": 4})
+    assert traffic.by_axis() == {"expert": 32 * 8 * 2 * 3 / 4}
+
+
 def test_parts_of_a_tuple_by_number():
     """Newer texts have %pair#1 where older ones have a get-tuple-element; a kernel's attributes may
     have line ends in them."""

@@ -270,13 +270,13 @@ main()
     ],
 )
 def test_a_hang_ends_all_and_shows_where_each_was(place, where, patch):
-    bindings = "Train.hang_minutes=0.4", "Data.workers=0", "Train.heldout_every=6"
+    bindings = "Train.hang_minutes=1.0", "Data.workers=0", "Train.heldout_every=6"
     heldout = f'Train.heldout=("{place}/tokens.npy",)' if "evaluation" in where else ""
     bindings += (heldout,) if heldout else ()
     two = Processes(place, 2, where, *bindings, code=HANGS.replace("{patch}", patch))
     statuses, errors = two.finish()
     assert statuses == [76, 76], errors
-    assert "no step for 0.4 minutes after step 6" in errors[0]
+    assert "no step for 1 minutes after step 6" in errors[0]
     first, second = errors[0].split("--- where process 1 was ---")
     assert "--- where process 0 was ---" in first and where not in first
     assert where in second
