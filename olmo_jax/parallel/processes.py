@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from olmo_jax.errors import UserError
 from olmo_jax.parallel.local import gpus
 from olmo_jax.parallel.watch import (
-    DEAD_AFTER,
+    KNOWN_AFTER,
     SHOW_CURSOR,
     STATUS_LOST,
     Watch,
@@ -277,7 +277,7 @@ def _explain_aborts(explain: Callable[[], None]) -> None:
 def _lost(watch: Watch, address: str) -> None:
     """Before an abort: says that the coordinator is gone, where it is; where another process's
     death was the cause, waits until the watch knows it and ends this process with its name."""
-    deadline = time.monotonic() + DEAD_AFTER + 10
+    deadline = time.monotonic() + KNOWN_AFTER
     while time.monotonic() < deadline:
         if watch.index != 0 and not _reaches(address):
             _end(

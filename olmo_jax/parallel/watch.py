@@ -23,6 +23,9 @@ STATUS_LOST = 76
 """Exit status: another process died, or a hang was ended; the newest checkpoint is whole."""
 
 DEAD_AFTER = 30.0  # seconds without a sign of life
+# Seconds from an error that a death may have caused until it is taken for one of our own. A death
+# was known after 30 to 35 s with two busy cores for six processes; within a minute all have ended.
+KNOWN_AFTER = DEAD_AFTER + 20.0
 _LOOK, _BEAT = 1.0, 3.0  # seconds between looks at the news, and between signs of life
 _ROOT = "olmo_jax"
 SHOW_CURSOR = b"\x1b[?25h"
@@ -103,7 +106,7 @@ class Watch(threading.Thread):
         import jax
 
         if isinstance(error, jax.errors.JaxRuntimeError):
-            self._closed.wait(DEAD_AFTER + 4 * _BEAT)  # `_look` ends the process
+            self._closed.wait(KNOWN_AFTER)  # `_look` ends the process
         text = " ".join(str(error).split()) or type(error).__name__
         status = 2 if isinstance(error, UserError) else 1
         self._publish({"kind": "failed", "text": text[:2000], "status": status})
@@ -239,7 +242,7 @@ class Watch(threading.Thread):
         """Process 0, the coordinator, leaves last: without it jax aborts the others."""
         with suppress(Exception):
             self._set(f"left/{self.index}", "")
-            deadline = time.monotonic() + 8 * _LOOK
+            deadline = time.monotonic() + 20 * _LOOK
             while self.index == 0 and time.monotonic() < deadline:
                 if len(set(self._read("left")) | set(map(str, dead))) == self.count:
                     time.sleep(0.3)  # they write, then end
