@@ -13,11 +13,12 @@ sends as many), when E = 64 experts are equally popular and A = 8, as in OLMoE; 
     all tokens gathered, sums scattered   2 (n - 1)            2.0   6.0  14.0  30.0   126
     this       2 (n - 1) (1 - C(E - E/n, A) / C(E, A))         2.0   5.5   9.5  12.7  15.8
 
-That is 159 MB in place of 235 MB a layer on 8 devices with 4096 tokens each (D 2048, bfloat16). The
-rows to be sent lie together first, at most 134 MB more than gathering keeps: the temporaries of such
-a layer's gradient over expert 4 x fsdp 2 were 4.78 GB both ways on v5e, 1.42 for 1.22 GB on an H100.
-On CPU, where jax has no ragged exchange, blocks that hold the worst case are sent, as much as
-gathering sends, and a layer takes 1.2 (A = 8) to 1.4 times (A = 2) its time on eight virtual devices.
+That is 159 MB in place of 235 MB a layer on 8 devices with 4096 tokens each (D 2048, bfloat16).
+The rows to be sent lie together first, at most 134 MB more than gathering keeps: the temporaries of
+such a layer's gradient over expert 4 x fsdp 2 were 4.78 GB both ways on v5e, and 1.42 for 1.22 GB
+on an H100. On CPU, where jax has no ragged exchange, blocks that hold the worst case are sent, as
+much as gathering sends, and a layer takes 1.2 (A = 8) to 1.4 times (A = 2) its time on eight
+virtual devices.
 """
 
 from functools import partial

@@ -39,7 +39,7 @@ def layer(target: str, **axes: int) -> tuple[str, int]:
     return compiled(gradient, x, logits, into, into, out_of)
 
 
-@pytest.mark.parametrize("target", ["v5e-8", "v5p-16", "v6e-8", "h100-8"])
+@pytest.mark.parametrize("target", ["v5p-16", "h100-8"])
 def test_tokens_travel_by_the_ragged_exchange(target):
     text, temporaries = layer(target, expert=4, fsdp=2)
     print(f"{target}: {temporaries / 1e9:.2f} GB of temporaries")
