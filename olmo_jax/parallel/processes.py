@@ -31,8 +31,9 @@ from olmo_jax.parallel.watch import (
 
 STATUS_USER_ERROR = 2
 # jax's own limit, which aborts a process without naming the one that died: a backstop for ours
-# (watch.DEAD_AFTER), and below its default of 100 s.
-_HEARTBEAT_TIMEOUT = 55
+# (watch.DEAD_AFTER). It sends a sign of life every half of it, so notices a death after 50 to 100 s;
+# with 55 it was once the first, after 29 s.
+_HEARTBEAT_TIMEOUT = 100
 _SLURM_PORT, _JOBSET_PORT = 61000, 8476
 
 
@@ -275,10 +276,16 @@ def _explain_aborts(explain: Callable[[], None]) -> None:
 
 
 def _lost(watch: Watch, address: str) -> None:
-    """Before an abort: says that the coordinator is gone, where it is; where another process's
-    death was the cause, waits until the watch knows it and ends this process with its name."""
+    """Before an abort: says that the coordinator is gone, where it is, or who was not heard of any
+    more. (The thread that aborts is the one that answers come by, so the watch may be stuck.) It
+    returns when no death is the cause."""
     deadline = time.monotonic() + KNOWN_AFTER
     while time.monotonic() < deadline:
+        if silent := watch.silent():
+            _end(
+                f"no sign of life from {silent}; the same command goes on from the newest checkpoint",
+                STATUS_LOST,
+            )
         if watch.index != 0 and not _reaches(address):
             _end(
                 f"process 0 ({address.rpartition(':')[0]}), the coordinator, has died or cannot be "

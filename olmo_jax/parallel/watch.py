@@ -191,6 +191,11 @@ class Watch(threading.Thread):
             dead_ids = [i for i, _ in dead]
             self._publish({"kind": "dead", "text": text, "dead": dead_ids, "status": STATUS_LOST})
 
+    def silent(self) -> str:
+        """On process 0: who was not heard of when others still were; "" where that is nobody."""
+        newest = max(at for at, _, _ in self._heard.values())
+        return ", ".join(name for at, _, name in self._heard.values() if newest - at > 4 * _BEAT)
+
     # --- the end ---
 
     def _end(self, verdict: dict[str, Any]) -> None:

@@ -237,6 +237,26 @@ def test_when_the_first_process_is_killed_the_others_say_so(place):
     assert errors[1].splitlines()[-1].startswith("error: process 0 (127.0.0.1), the coordinator")
 
 
+JAX_FIRST = """
+from olmo_jax.parallel import processes, watch
+watch.DEAD_AFTER, processes._HEARTBEAT_TIMEOUT = 300.0, 40
+from olmo_jax.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_death_that_jax_notices_first_is_explained(place):
+    """It aborts the processes in the thread by which they hear of one another."""
+    three = Processes(place, 3, "noticed", "Mesh.data=3", "Data.batch_size=6", code=JAX_FIRST)
+    wait_for(three[0], lambda: len(rows(place / "noticed")) >= 3)
+    three[2].kill()
+    statuses, errors = three.finish()
+    assert statuses == [76, 76, -signal.SIGKILL], errors
+    assert "error: no sign of life from process 2 (" in errors[0]
+    assert "error: process 0 (127.0.0.1), the coordinator" in errors[1]
+
+
 HANGS = """
 import time
 from olmo_jax.data.dataset import DataSet
