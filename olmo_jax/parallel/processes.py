@@ -31,8 +31,8 @@ from olmo_jax.parallel.watch import (
 
 STATUS_USER_ERROR = 2
 # jax's own limit, which aborts a process without naming the one that died: a backstop for ours
-# (watch.DEAD_AFTER). It sends a sign of life every half of it, so notices a death after 50 to 100 s;
-# with 55 it was once the first, after 29 s.
+# (watch.DEAD_AFTER). It sends a sign of life every half of it, so notices a death after 50 to 100
+# s; with 55 it was once the first, after 29 s.
 _HEARTBEAT_TIMEOUT = 100
 _SLURM_PORT, _JOBSET_PORT = 61000, 8476
 
@@ -282,10 +282,8 @@ def _lost(watch: Watch, address: str) -> None:
     deadline = time.monotonic() + KNOWN_AFTER
     while time.monotonic() < deadline:
         if silent := watch.silent():
-            _end(
-                f"no sign of life from {silent}; the same command goes on from the newest checkpoint",
-                STATUS_LOST,
-            )
+            again = "the same command goes on from the newest checkpoint"
+            _end(f"no sign of life from {silent}; {again}", STATUS_LOST)
         if watch.index != 0 and not _reaches(address):
             _end(
                 f"process 0 ({address.rpartition(':')[0]}), the coordinator, has died or cannot be "
