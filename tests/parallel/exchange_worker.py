@@ -41,9 +41,9 @@ if __name__ == "__main__":
     one_sided = [logits.at[:, :, favoured].add(100) for favoured in (slice(0, A), slice(E - A, E))]
     cases = [(x, routing, *matrices) for routing in (logits, *one_sided)]
     want = gradients("fsdp=1", "padded", cases)
-    for mesh in ("expert=8", "expert=2,fsdp=4"):  # more devices than a token visits, and fewer
-        for form in ("padded", "ragged"):
-            found = gradients(mesh, form, cases)
-            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-                error = np.linalg.norm(a - b) / max(1, np.linalg.norm(b))
-                assert error < 1e-5, (mesh, form, error)
+    # More devices than a token visits, and fewer.
+    for mesh, form in (("expert=8", "padded"), ("expert=8", "ragged"), ("expert=2", "ragged")):
+        found = gradients(mesh, form, cases)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            error = np.linalg.norm(a - b) / max(1, np.linalg.norm(b))
+            assert error < 1e-5, (mesh, form, error)
