@@ -48,7 +48,7 @@ def train(place: Path, *bindings: str, run: str = "run") -> subprocess.Completed
     }
     command = [sys.executable, "-m", "olmo_jax.cli", "train", f"--gin_file={place}/test.gin"]
     command += [f"--gin.Train.run_dir={place / run}", *(f"--gin.{b}" for b in bindings)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def content(run: Path) -> dict[str, bytes]:

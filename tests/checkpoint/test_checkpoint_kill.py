@@ -35,7 +35,7 @@ def start(*arguments: object, devices: int = 1) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[list[dict], str]:
     """Waits; gives the lines it printed and its standard error."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == status, errors
     lines = [line for line in output.splitlines() if line.startswith("{")]  # Gloo prints too
     return [json.loads(line) for line in lines], errors
