@@ -48,7 +48,7 @@ def train(place: Path, *bindings: str, run: str = "run") -> subprocess.Completed
     }
     command = [sys.executable, "-m", "olmo_jax.cli", "train", f"--gin_file={place}/test.gin"]
     command += [f"--gin.Train.run_dir={place / run}", *(f"--gin.{b}" for b in bindings)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -100,11 +100,11 @@ def test_a_read_only_run_folder(place, tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_after_it(place, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        (tmp_path / "ballast").write_bytes(bytes(420_000))
+        (tmp_path / "ballast").write_bytes(bytes(4_000_000))
         done = train(place, f"Train.run_dir={tmp_path}/run")
         assert_one_clear_line(done, "disk is full")
         (tmp_path / "ballast").unlink()

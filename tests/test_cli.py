@@ -88,7 +88,7 @@ def test_the_console_entry_settles_the_process_and_gives_the_status():
             [sys.executable, "-c", "from olmo_jax.cli import main; main()", *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr

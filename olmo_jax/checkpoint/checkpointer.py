@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,15 +49,24 @@ from olmo_jax.numerals import size_text
 
 _BARRIER_MS = 20 * 60 * 1000
 _barrier_number = itertools.count()
-# When a save fails, writes of tensorstore that are still under way report to its event loop later,
-# and print a traceback where that is closed.
-_left_open: list[asyncio.Runner] = []
-
-# Orbax logs a traceback from each of its threads in which a write failed; the failure itself
-# reaches us, and the person, as one line.
+# Where one write of a save fails, that is raised, and reaches the person as one line. Others under
+# way then fail too, and Orbax, which has closed their event loop, leaves it to Python to print each
+# with a traceback: its threads through absl, futures that nobody waits for through asyncio, and
+# tensorstore's reports to the closed loop through sys.unraisablehook.
 logging.getLogger("absl").addFilter(
     lambda record: not record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
 )
+logging.getLogger("asyncio").addFilter(
+    lambda record: "in OCDBT database at" not in str(record.exc_info and record.exc_info[1])
+)
+
+
+def _print_unraisable(what, print_others=sys.unraisablehook) -> None:
+    if str(what.exc_value) != "Event loop is closed":
+        print_others(what)
+
+
+sys.unraisablehook = _print_unraisable
 
 
 @dataclass(
@@ -119,7 +129,7 @@ class Checkpointer(CheckpointReader):
         self.config = config
         self._files = dict(files or {})
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._runner, self._has_failed = asyncio.Runner(), False
+        self._runner = asyncio.Runner()
         self._pending: Future[None] | None = None
         self._in_bucket = storage.is_remote(self.folder)
         if jax.process_index() == 0:
@@ -193,10 +203,7 @@ class Checkpointer(CheckpointReader):
         try:
             self.wait()
         finally:
-            if self._has_failed:
-                _left_open.append(self._runner)
-            else:
-                self._writer.submit(self._runner.close)
+            self._writer.submit(self._runner.close)
             self._writer.shutdown()
 
     def _left_behind(self) -> list[Path]:
@@ -232,7 +239,6 @@ class Checkpointer(CheckpointReader):
         if failure is None and not (self.path(step) / MANIFEST).is_file():
             failure = UserError(f"another process failed to save the checkpoint of step {step}")
         if failure is not None:
-            self._has_failed = True
             raise self._failure(step, needed, failure)
         if jax.process_index() == 0:
             self._remove_old()

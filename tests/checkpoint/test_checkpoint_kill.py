@@ -35,7 +35,7 @@ def start(*arguments: object, devices: int = 1) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[list[dict], str]:
     """Waits; gives the lines it printed and its standard error."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == status, errors
     lines = [line for line in output.splitlines() if line.startswith("{")]  # Gloo prints too
     return [json.loads(line) for line in lines], errors
@@ -111,7 +111,7 @@ def test_a_full_disk_is_said_in_one_line_and_given_back(tmp_path, when):
     assert failed["left"] == ["step1"] and failed["latest"] == 1
     assert later == {"steps": [1, 2]}  # the space was given back: a smaller one fits
     assert len(refused) == 2 and all("disk is full" in line["error"] for line in refused)
-    assert when == "middle" or "Traceback" not in errors
+    assert "Traceback" not in errors
 
 
 def test_a_read_only_place_is_refused_in_one_line(tmp_path):

@@ -37,7 +37,7 @@ def run_convert(source: str, target: Path, endpoint: str, *options: str):
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-m", "olmo_jax.cli", "convert", source, str(target), *options]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
 
 
 def same_tensors(a: Path, b: Path) -> bool:

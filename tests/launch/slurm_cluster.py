@@ -94,7 +94,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def output(environment: dict[str, str], *command: str) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     return done.stdout
 
 

@@ -103,7 +103,7 @@ def run(folder: Path, *options: str, states: list[str], watched: list[int], **an
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     return done.returncode, (folder / "log").read_text().split(), done.stderr
 
@@ -154,7 +154,7 @@ def test_the_real_gcloud_knows_every_flag():
     commands = tpu.Commands(options)
     for command in (commands.create(), commands.state(), commands.delete(), commands.start()):
         verb = command[:5]
-        done = subprocess.run([*verb, "--help"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*verb, "--help"], capture_output=True, text=True, timeout=600)
         known = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
         for flag in command[6:]:
             name = flag.partition("=")[0]

@@ -109,7 +109,7 @@ def test_processes_that_do_not_come_are_missed_in_one_line(tmp_path):
     for process, expected in zip(
         waiting, ("process 1 of 2 cannot reach the coordinator", "not all of 2"), strict=True
     ):
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 2
         [line] = errors.splitlines()
         assert line.startswith(f"error: {expected}") and "127.0.0.1:" in line

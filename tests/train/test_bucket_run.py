@@ -64,7 +64,7 @@ def start(place, run: str, processes: int, *bindings: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == status, errors
     return errors
 
@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_exactly_in_spite_of_faults(place, n):
     finish(start(place, f"whole{n}", n))
     killed = start(place, f"killed{n}", n)
     reader = CheckpointReader(RunFolder(run).checkpoints)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while not reader.steps() and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)

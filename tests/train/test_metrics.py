@@ -60,7 +60,7 @@ def test_no_gap_and_no_repeat_after_kills_at_random_moments(tmp_path):
                 writer.stdout.readline()
             time.sleep(moments.uniform(0, 0.1))
             writer.kill()
-        writer.communicate(timeout=60)
+        writer.communicate(timeout=600)
         if writer.returncode == 0:
             break
         assert writer.returncode == -signal.SIGKILL
