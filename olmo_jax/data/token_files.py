@@ -72,15 +72,15 @@ def smallest_dtype(vocab_size: int) -> str:
     return next(d for d in DTYPES if vocab_size - 1 <= np.iinfo(d).max)
 
 
-def find_files(patterns: Iterable[str]) -> list[str]:
-    """Paths and globs to files: the given order, sorted within a glob.
+def find_files(patterns: Iterable[str], what: str = "token file") -> list[str]:
+    """Paths and globs to files: the given order, sorted within a glob. Errors call them `what`.
 
     Raises UserError for a missing file or a glob without a match.
     """
     found: list[str] = []
     for pattern in patterns:
         if storage.is_remote(pattern):
-            found += _find_remote(pattern)
+            found += _find_remote(pattern, what)
         elif "://" in pattern:
             raise UserError(
                 f"{pattern}: token files are read from a local disk, gs:// or s3://; copy it to one"
@@ -95,15 +95,15 @@ def find_files(patterns: Iterable[str]) -> list[str]:
         elif os.path.isdir(pattern):
             raise UserError(f"{pattern}: is a folder; name its files, e.g. {pattern}/*.npy")
         else:
-            raise UserError(f"{pattern}: no such token file")
+            raise UserError(f"{pattern}: no such {what}")
     return found
 
 
-def _find_remote(pattern: str) -> list[str]:
+def _find_remote(pattern: str, what: str) -> list[str]:
     try:
         if not glob.has_magic(pattern):
             if not storage.exists(pattern):
-                raise UserError(f"{pattern}: no such token file")
+                raise UserError(f"{pattern}: no such {what}")
             return [pattern]
         found = storage.matches(pattern)
     except OSError as e:

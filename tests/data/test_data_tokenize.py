@@ -117,7 +117,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, tokenizer):
 
     assert "a.jsonl: line 7 is not JSON" in run(jsonl() + b"{oops\n")
     assert "line 1 has no string 'text'" in run(b'{"id": "x"}\n')
-    assert "cannot be read after line 0" in run(b"\xff\xfe\n")
+    assert "line 1 is not UTF-8" in run(b"\xff\xfe\n")
     assert "no text in" in run(b"\n")
     assert "no token '<eos>'; its special tokens are <|endoftext|>, <|padding|>" in run(
         jsonl(), eos_token="<eos>"
