@@ -20,7 +20,7 @@ class RandomNumber:
         self._seed = int(seed or 1)
 
     def __call__(self, document: Document) -> Attributes:
-        number = xxhash.xxh3_64_intdigest(document.id or "", self._seed)
+        number = xxhash.xxh3_64_intdigest((document.id or "").encode(), self._seed)
         # 53 bits are what a float holds; five places are what is written.
         return {"random": [(0, len(document.text), (number >> 11) / (1 << 53))]}
 

@@ -1,13 +1,18 @@
 """How long a document is and its paragraphs are, by several measures; Dolma's names and values."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import regex
 
 from olmo_jax.curate.documents import Attributes, Document, Span
 
-# Unicode's word boundaries (UAX 29): `regex` finds them with WORD.
-_WORD_BOUNDARY = regex.compile(r"\b", regex.WORD | regex.VERSION1)
+# Unicode's word boundaries (UAX 29), which `regex` finds with WORD; up to its version 2026.11.15 not
+# the one after an apostrophe that begins a word ('On).
+_WORD_BOUNDARY = regex.compile(
+    r"\b|(?<=(?<![\p{Alphabetic}\p{M}\p{Cf}])['\u2019])(?=\p{Alphabetic})",
+    regex.WORD | regex.VERSION1,
+)
 _WORDS_AND_SIGNS = regex.compile(r"\w+|[^\w\s]+")
 
 
@@ -72,13 +77,16 @@ def words_and_signs(text: str) -> int:
 
 def segments(text: str) -> int:
     """Unicode words of the stripped text, with the space between them."""
-    return (
-        sum(1 for _ in _WORD_BOUNDARY.finditer(stripped)) - 1 if (stripped := text.strip()) else 0
-    )
+    boundaries = sum(1 for _ in _WORD_BOUNDARY.finditer(text.strip()))
+    return max(boundaries - 1, 0)
 
 
 def words(text: str) -> int:
     """Unicode words of the text that are not space."""
-    stripped = text.strip()
-    ends = [m.start() for m in _WORD_BOUNDARY.finditer(stripped)]
-    return sum(not stripped[s:e].isspace() for s, e in zip(ends, ends[1:], strict=False))
+    return len(unicode_words(text))
+
+
+def unicode_words(text: str) -> list[str]:
+    """The text cut at Unicode's word boundaries, without the pieces of space."""
+    ends = [m.start() for m in _WORD_BOUNDARY.finditer(text)]
+    return [word for s, e in pairwise(ends) if not (word := text[s:e]).isspace()]
