@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 from typer import Argument, Context, Option
 
+from olmo_jax.cli_curate import add_commands
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, run_config
 from olmo_jax.errors import UserError
 
 app = typer.Typer(
     help="Make tokenizers and token files; look at training instances.", no_args_is_help=True
 )
+
+add_commands(app)
 
 Documents = Annotated[list[str], Argument(help="Documents as JSONL, also .gz or .zst.")]
 

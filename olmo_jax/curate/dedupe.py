@@ -64,7 +64,7 @@ def dedupe_files(
     work = os.path.join(root, ".keys")
     facts = {"inputs": input_facts(paths), "dedupe": settings.model_dump(mode="json")}
     facts |= {"bloom_filter": config.bloom_filter.model_dump(mode="json")}
-    claim(work, facts)
+    claim(root, settings.name, facts)
     sizes = storage.map_files(storage.size, paths, paths)
     keys = [os.path.join(work, f"{i:06}.npz") for i in range(len(paths))]
     hashing = [

@@ -85,10 +85,10 @@ def run_shards(
     return results
 
 
-def claim(folder: str, settings: dict[str, Any]) -> None:
+def claim(folder: str, name: str, settings: dict[str, Any]) -> None:
     """Marks a folder of outputs with the settings that they are made with. Raises UserError when it
     has been made with others, so that no run mixes its files with another's."""
-    path = storage.location(folder) / "settings.json"
+    path = storage.location(folder) / f".{name}.settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True)
     try:
         if not storage.exists(path):
@@ -104,7 +104,7 @@ def claim(folder: str, settings: dict[str, Any]) -> None:
     if differing:
         k = differing[0]
         raise UserError(
-            f"{folder}: was made with another {', '.join(differing)} ({k} = "
+            f"{folder}: {name} was made with another {', '.join(differing)} ({k} = "
             f"{_short(before.get(k))}, now {_short(settings.get(k))}); give a new folder, or "
             "remove this one"
         )
@@ -133,6 +133,8 @@ def _in_words(shard: Shard, error: BaseException) -> str:
     return f"{shard.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+# What a worker imports takes a second; the fork server does it once.
+_PRELOADED = [f"olmo_jax.curate.{name}" for name in ("mix", "dedupe", "taggers")]
 _Done = Iterator[tuple[Shard, Any]]
 
 
@@ -147,34 +149,37 @@ def _run_here(shards: Sequence[Shard], workers: int, advance: Advance) -> _Done:
 def _run_local(shards: Sequence[Shard], workers: int, advance: Advance) -> _Done:
     # Not fork: the parent may have threads (the bar, the tokenizer's), which a fork leaves behind.
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     counts = (context.Value("q", 0), context.Value("q", 0))
     seen = [0, 0]
+    # A shard waits here, not in the pool: when a process dies only those that ran are concerned.
+    waiting, running = list(reversed(shards)), dict[Future, Shard]()
+    suspects: list[Shard] = []
     pool = ProcessPoolExecutor(
         min(workers, len(shards)), context, initializer=_start_worker, initargs=counts
     )
     with pool:
-        # A shard waits here, not in the pool: when a process dies only those that ran are lost.
-        waiting, running = list(reversed(shards)), dict[Future, Shard]()
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    running[pool.submit(_call, waiting[-1])] = waiting[-1]
-                    waiting.pop()
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                now = [count.value for count in counts]
-                advance(now[0] - seen[0], now[1] - seen[1])
-                seen = now
-                for future in done:
-                    shard, error = running.pop(future), future.exception()
+        while running or (waiting and not suspects):
+            while waiting and len(running) < workers and not suspects:
+                running[pool.submit(_call, waiting[-1])] = waiting[-1]
+                waiting.pop()
+            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            now = [count.value for count in counts]
+            advance(now[0] - seen[0], now[1] - seen[1])
+            seen = now
+            for future in done:
+                shard, error = running.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    suspects.append(shard)
+                else:
                     yield shard, future.result() if error is None else error
-                    if isinstance(error, BrokenProcessPool):
-                        raise error
-        except BrokenProcessPool as error:
-            # Nobody can say which shard killed its process: each that ran has one try less.
-            for shard in running.values():
-                yield shard, error
-            if waiting:
-                yield from _run_local(list(reversed(waiting)), workers, advance)
+    if len(suspects) == 1:
+        yield suspects[0], BrokenProcessPool()
+    else:  # nobody can say whose process died: each is run again, alone
+        for shard in suspects:
+            yield from _run_local([shard], 1, advance)
+    if waiting:
+        yield from _run_local(list(reversed(waiting)), workers, advance)
 
 
 def _run_ray(shards: Sequence[Shard], workers: int, advance: Advance) -> _Done:

@@ -7,7 +7,7 @@ import regex
 
 from olmo_jax.curate.documents import Attributes, Document, Span
 
-# Unicode's word boundaries (UAX 29), which `regex` finds with WORD; up to its version 2026.11.15 not
+# Unicode's word boundaries (UAX 29), which `regex` finds with WORD, but in version 2026.11.15 not
 # the one after an apostrophe that begins a word ('On).
 _WORD_BOUNDARY = regex.compile(
     r"\b|(?<=(?<![\p{Alphabetic}\p{M}\p{Cf}])['\u2019])(?=\p{Alphabetic})",

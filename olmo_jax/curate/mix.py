@@ -104,7 +104,7 @@ def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str,
     for stream in config.streams:
         inputs = find_documents(stream.documents)
         settings = stream.model_dump(mode="json") | {"inputs": input_facts(inputs)}
-        claim(os.path.join(stream.output.path, f".{stream.name}"), settings)
+        claim(stream.output.path, stream.name, settings)
     results = run_shards(shards, executor, "mixing", quiet)
     totals = {stream.name: dict.fromkeys(COUNTS, 0) for stream in config.streams}
     for shard in shards:

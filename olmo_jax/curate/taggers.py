@@ -14,11 +14,11 @@ from olmo_jax.curate.documents import (
     Attributed,
     Attributes,
     Document,
-    attributes_path,
     encode,
     read_documents,
     writing,
 )
+from olmo_jax.curate.executor import Advance
 from olmo_jax.errors import UserError
 
 Tagger = Callable[[Document], Attributes]
@@ -93,18 +93,12 @@ def load_tagger(spec: str) -> Tagger:
     return _TAGGERS[name]
 
 
-def tag_file(
-    path: str,
-    taggers: Sequence[str],
-    experiment: str,
-    advance: Callable[[int, int], None] = lambda documents, n_bytes: None,
-    out: str | None = None,
-) -> int:
-    """Writes the attributes file of a documents file; returns its documents. `advance(documents,
-    bytes)` counts what has been done since the last call. Raises UserError."""
+def tag_file(path: str, out: str, taggers: Sequence[str], experiment: str, advance: Advance) -> int:
+    """Writes the attributes file `out` of a documents file; returns its documents. Raises
+    UserError."""
     loaded = [(variable_name(spec.partition(":")[0]), load_tagger(spec)) for spec in taggers]
     n = done = 0
-    with writing(out or attributes_path(path, experiment)) as file:
+    with writing(out) as file:
         for n, (document, line) in enumerate(read_documents(path), 1):
             attributes: Attributes = {}
             for name, tagger in loaded:
