@@ -30,7 +30,7 @@ from olmo_jax.curate.documents import (
     writing,
 )
 from olmo_jax.curate.duplicates import decide, load_keys
-from olmo_jax.curate.executor import Advance, Executor, Shard, claim, input_facts, run_shards
+from olmo_jax.curate.executor import Advance, Executor, Shard, claim, run_shards
 from olmo_jax.curate.filters import Select, compile_expression
 from olmo_jax.curate.length import unicode_words
 from olmo_jax.data.documents import document_id, parse_line, read_lines
@@ -62,21 +62,21 @@ def dedupe_files(
     if storage.is_remote(root):
         raise UserError(f"{root}: de-duplication works beside its attributes, on a local disk")
     work = os.path.join(root, ".keys")
-    facts = {"inputs": input_facts(paths), "dedupe": settings.model_dump(mode="json")}
-    facts |= {"bloom_filter": config.bloom_filter.model_dump(mode="json")}
-    claim(root, settings.name, facts)
+    bloom = config.bloom_filter.model_dump(mode="json")
+    facts = {"documents": list(paths), "dedupe": settings.model_dump(mode="json")}
+    claim(root, settings.name, facts | {"bloom_filter": bloom})
     sizes = storage.map_files(storage.size, paths, paths)
     keys = [os.path.join(work, f"{i:06}.npz") for i in range(len(paths))]
     hashing = [
-        Shard(path, key, hash_file, (path, key, settings), size)
+        Shard(path, key, hash_file, (path, key, settings), size, (path,))
         for path, key, size in zip(paths, keys, sizes, strict=True)
     ]
-    run_shards(hashing, executor, "hashing", quiet)
+    hashed = run_shards(hashing, executor, "hashing", quiet)
     marks = [key.replace(".npz", ".marks.npy") for key in keys]
-    if not all(map(os.path.exists, marks)):
+    if hashed or not all(map(os.path.exists, marks)):
         decide(keys, marks, config.dedupe, config.bloom_filter)
     marking = [
-        Shard(path, out, write_marks, (path, key, mark, out, settings), size)
+        Shard(path, out, write_marks, (path, key, mark, out, settings), size, (path, mark))
         for path, key, mark, out, size in zip(paths, keys, marks, outs, sizes, strict=True)
     ]
     run_shards(marking, executor, "marking", quiet)

@@ -1,13 +1,13 @@
 """A list of shards over worker processes, here or on a Ray cluster.
 
-Each shard writes one file, whole or not at all, so a shard whose file is there is done: the same
-command again does what is left. A shard that fails is tried again, then named at the end while the
+Each shard writes one file, whole or not at all, so a shard whose file is there, and newer than what
+it is made of, is done: the same command again does what is left. A shard that fails is tried again, then named at the end while the
 others finish.
 """
 
-import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +34,8 @@ class Shard:
     arguments: tuple[Any, ...] = ()
     size: int = 0
     """Bytes of the input, for the progress bar."""
+    sources: tuple[str, ...] = ()
+    """Files of this machine that `out` is made of: it is made again when one is newer."""
 
 
 class Executor(NamedTuple):
@@ -55,14 +57,16 @@ def run_shards(
         raise UserError(f"executor {executor.kind!r}: is neither local nor ray")
     if executor.workers < 1:
         raise UserError(f"workers {executor.workers}: must be at least 1")
-    left = [s for s, done in zip(shards, _exist([s.out for s in shards]), strict=True) if not done]
+    outs = [shard.out for shard in shards]
+    there = storage.map_files(storage.exists, outs, outs)
+    left = [s for s, is_there in zip(shards, there, strict=True) if not (is_there and _is_new(s))]
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     with _bar(what, left, quiet) as (advance, message):
         tries = dict.fromkeys((shard.name for shard in left), 0)
         while left:
             again: list[Shard] = []
-            run = _run_local if executor.kind == "local" and executor.workers > 1 else _run_here
+            run = _run_local if executor.workers > 1 and len(left) > 1 else _run_here
             run = _run_ray if executor.kind == "ray" else run
             for shard, result in run(left, executor.workers, advance):
                 if not isinstance(result, BaseException):
@@ -83,6 +87,18 @@ def run_shards(
             "mend them and give the same command again"
         )
     return results
+
+
+def job_runner(
+    executor: Executor, what: str, quiet: bool = False
+) -> Callable[[Sequence[tuple[Any, ...]]], object]:
+    """A function that runs `data.tokenize`'s jobs, which have a shard's fields."""
+    return lambda jobs: run_shards(
+        [Shard(name, out, call, arguments, size) for name, out, call, arguments, size in jobs],
+        executor,
+        what,
+        quiet,
+    )
 
 
 def claim(folder: str, name: str, settings: dict[str, Any]) -> None:
@@ -110,19 +126,17 @@ def claim(folder: str, name: str, settings: dict[str, Any]) -> None:
         )
 
 
-def input_facts(paths: Sequence[str]) -> str:
-    """A hash of the names and sizes of input files: what a finished shard depends on."""
-    sizes = storage.map_files(storage.size, paths, paths)
-    return hashlib.sha256(json.dumps(list(zip(paths, sizes, strict=True))).encode()).hexdigest()
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 60 else f"{text[:57]}…"
 
 
-def _exist(paths: list[str]) -> list[bool]:
-    return storage.map_files(storage.exists, paths, paths)
+def _is_new(shard: Shard) -> bool:
+    if storage.is_remote(shard.out):
+        return True
+    written = os.path.getmtime(shard.out)
+    local = (path for path in shard.sources if not storage.has_protocol(path))
+    return all(not os.path.exists(path) or os.path.getmtime(path) <= written for path in local)
 
 
 def _in_words(shard: Shard, error: BaseException) -> str:

@@ -21,7 +21,7 @@ from olmo_jax.curate.documents import (
     read_attributes,
     writing,
 )
-from olmo_jax.curate.executor import Executor, Shard, claim, input_facts, run_shards
+from olmo_jax.curate.executor import Executor, Shard, claim, run_shards
 from olmo_jax.curate.filters import Filter, Select, attribute_names, compile_expression
 from olmo_jax.data.documents import document_id, parse_line, read_lines
 from olmo_jax.errors import UserError
@@ -102,9 +102,8 @@ def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str,
     if repeated := {out for out in outs if outs.count(out) > 1}:
         raise UserError(f"{min(repeated)}: two streams write it; give them other names or paths")
     for stream in config.streams:
-        inputs = find_documents(stream.documents)
-        settings = stream.model_dump(mode="json") | {"inputs": input_facts(inputs)}
-        claim(stream.output.path, stream.name, settings)
+        files = {s.out: list(s.arguments[1]) for s in shards if s.arguments[0] is stream}
+        claim(stream.output.path, stream.name, stream.model_dump(mode="json") | {"files": files})
     results = run_shards(shards, executor, "mixing", quiet)
     totals = {stream.name: dict.fromkeys(COUNTS, 0) for stream in config.streams}
     for shard in shards:
@@ -132,8 +131,13 @@ def _shards(stream: StreamConfig, join: bool) -> list[Shard]:
             groups[-1] = (name, [*paths, path], before + size)
         else:
             groups.append((f"{stream.name}-{len(groups):04}.jsonl{suffix}", [path], size))
+
+    def sources(paths: list[str]) -> tuple[str, ...]:
+        made = [attributes_path(path, name) for path in paths for name in stream.attributes]
+        return (*paths, *made)
+
     return [
-        Shard(f"{stream.name}/{name}", out, mix_files, (stream, paths, out), size)
+        Shard(f"{stream.name}/{name}", out, mix_files, (stream, paths, out), size, sources(paths))
         for name, paths, size in groups
         for out in [f"{stream.output.path.rstrip('/')}/{name}"]
     ]

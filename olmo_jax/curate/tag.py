@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from olmo_jax import storage
 from olmo_jax.curate.documents import attributes_path, find_documents
-from olmo_jax.curate.executor import Executor, Shard, claim, input_facts, run_shards
+from olmo_jax.curate.executor import Executor, Shard, claim, run_shards
 from olmo_jax.curate.taggers import load_tagger, tag_file, variable_name
 from olmo_jax.errors import UserError
 
@@ -36,16 +36,10 @@ def tag_files(
         raise UserError(f"experiment {experiment!r}: must be letters, digits and underscores")
     for spec in taggers:
         load_tagger(spec)  # a mistake comes out before any work
-    facts = {"taggers": list(taggers), "inputs": input_facts(paths)}
-    claim(_common_folder(outs), experiment, facts)
+    claim(outs[0].rpartition("/")[0] or ".", experiment, {"taggers": list(taggers)})
     sizes = storage.map_files(storage.size, paths, paths)
     shards = [
-        Shard(path, out, tag_file, (path, out, tuple(taggers), experiment), size)
+        Shard(path, out, tag_file, (path, out, tuple(taggers), experiment), size, (path,))
         for path, out, size in zip(paths, outs, sizes, strict=True)
     ]
     return sum(run_shards(shards, executor, "tagging", quiet).values())
-
-
-def _common_folder(outs: Sequence[str]) -> str:
-    """The folder of the experiment's first file."""
-    return outs[0].rpartition("/")[0] or "."

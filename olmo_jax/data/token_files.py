@@ -219,13 +219,18 @@ def write_token_file(
     The bytes depend on the arguments alone: the gzip header carries no time.
     """
     path = str(path)
-    rows = io.StringIO()
-    csv.writer(rows, lineterminator="\n").writerows(documents)
     # The .csv.gz goes first: a token file that is there always has its documents.
-    write_atomically(documents_path(path), gzip.compress(rows.getvalue().encode(), mtime=0))
+    write_documents(path, documents)
     array = np.ascontiguousarray(tokens, dtype=dtype)
     write_atomically(path, array.tobytes())
     return TokenFile(path, dtype, len(array))
+
+
+def write_documents(path: str, documents: Iterable[Document]) -> None:
+    """Write the `.csv.gz` of the token file at `path`."""
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(documents)
+    write_atomically(documents_path(path), gzip.compress(rows.getvalue().encode(), mtime=0))
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -128,7 +128,19 @@ def test_other_settings_are_refused(corpus):
     tag(documents, ["gopher_v1"], "a", Executor())
     with pytest.raises(UserError, match="was made with another taggers"):
         tag(documents, ["c4_v1"], "a", Executor())
+
+
+def test_what_has_changed_is_made_again(corpus):
+    documents = [f"{corpus}/documents/*.jsonl"]
+    (corpus / "documents/part-2.jsonl").write_text("{oops")
+    with pytest.raises(UserError, match=r"3 of 4 shards are done.*part-2.jsonl: line 1"):
+        tag(documents, ["gopher_v1"], "a", Executor())
+    (corpus / "documents/part-2.jsonl").write_text(json.dumps({"id": "x", "text": "mended"}))
+    assert tag(documents, ["gopher_v1"], "a", Executor()) == 1
+    assert tag(documents, ["gopher_v1"], "a", Executor()) == 0
+    before = outputs(corpus)
     with (corpus / "documents/part-0.jsonl").open("a") as file:
         file.write(json.dumps({"id": "more", "text": "x"}) + "\n")
-    with pytest.raises(UserError, match="was made with another inputs"):
-        tag(documents, ["gopher_v1"], "a", Executor())
+    assert tag(documents, ["gopher_v1"], "a", Executor()) == 31
+    after = outputs(corpus)
+    assert [name for name in after if after[name] != before[name]] == ["attributes/a/part-0.jsonl"]
