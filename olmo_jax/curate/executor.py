@@ -1,8 +1,8 @@
 """A list of shards over worker processes, here or on a Ray cluster.
 
-Each shard writes one file, whole or not at all, so a shard whose file is there, and newer than what
-it is made of, is done: the same command again does what is left. A shard that fails is tried again, then named at the end while the
-others finish.
+Each shard writes one file, whole or not at all. One whose file is there, and newer than what it is
+made of, is done: the same command again does what is left. A shard that fails is tried again, then
+named at the end while the others finish.
 """
 
 import json

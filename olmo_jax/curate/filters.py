@@ -41,7 +41,7 @@ class Filter:
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str], syntax: str):
         self._include = [compile_expression(text, syntax) for text in include]
-        self._exclude = [compile_expression(text, syntax) for text in exclude]
+        self._exclude = [(text, compile_expression(text, syntax)) for text in exclude]
         # A JSONPath matches when it finds anything; a jq program when all that it gives is true.
         self._is_match: Callable[[list[Any]], bool] = bool
         self._is_excluded: Callable[[list[Any]], bool] = bool
@@ -49,11 +49,15 @@ class Filter:
             self._is_match = lambda found: bool(found) and all(map(bool, found))
             self._is_excluded = lambda found: any(map(bool, found))
 
-    def keeps(self, document: dict[str, Any]) -> bool:
-        """Raises ValueError when a jq program fails on a document."""
+    def why_not(self, document: dict[str, Any]) -> str | None:
+        """What keeps a document out: the expression of `exclude`, or `include`; None when nothing
+        does. Raises ValueError when a jq program fails on the document."""
         if self._include and not any(self._is_match(find(document)) for find in self._include):
-            return False
-        return not any(self._is_excluded(find(document)) for find in self._exclude)
+            return "include"
+        for text, find in self._exclude:
+            if self._is_excluded(find(document)):
+                return text
+        return None
 
 
 def attribute_names(expressions: Sequence[str]) -> set[str]:

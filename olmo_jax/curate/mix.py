@@ -27,7 +27,10 @@ from olmo_jax.data.documents import document_id, parse_line, read_lines
 from olmo_jax.errors import UserError
 
 _Spans = list[tuple[int, int, str]]
-COUNTS = ("documents", "filtered", "sampled_out", "too_short", "written")
+Counts = dict[str, int]
+"""What became of documents: how many there were (`documents`), were left out by each expression of a
+filter (`filtered by …`), by sampling (`sampled out`), for their length (`too short`), were kept
+(`kept`), and written (`written`, which a weight above 1 makes more)."""
 
 
 class FilterConfig(Config):
@@ -95,8 +98,8 @@ class MixConfig(Config):
     work_dir: WorkDir | None = None
 
 
-def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str, dict[str, int]]:
-    """Mixes all streams; what became of each one's documents (COUNTS). Raises UserError."""
+def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str, Counts]:
+    """Mixes all streams; what became of each one's documents. Raises UserError."""
     shards = [shard for stream in config.streams for shard in _shards(stream, config.shuffle)]
     outs = [shard.out for shard in shards]
     if repeated := {out for out in outs if outs.count(out) > 1}:
@@ -105,7 +108,7 @@ def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str,
         files = {s.out: list(s.arguments[1]) for s in shards if s.arguments[0] is stream}
         claim(stream.output.path, stream.name, stream.model_dump(mode="json") | {"files": files})
     results = run_shards(shards, executor, "mixing", quiet)
-    totals = {stream.name: dict.fromkeys(COUNTS, 0) for stream in config.streams}
+    totals: dict[str, Counts] = {stream.name: _no_counts(stream) for stream in config.streams}
     for shard in shards:
         counts = results.get(shard.name) or _read_counts(shard.out)
         for name, count in counts.items():
@@ -145,12 +148,12 @@ def _shards(stream: StreamConfig, join: bool) -> list[Shard]:
 
 def mix_files(
     stream: StreamConfig, paths: Sequence[str], out: str, advance: Callable[[int, int], None]
-) -> dict[str, int]:
+) -> Counts:
     """Writes one output file; what became of its documents."""
-    keeps = Filter(*_expressions(stream)).keeps
+    filter_ = Filter(*_expressions(stream))
     replacers = [_replacer(config) for config in stream.span_replacement]
     wanted = attribute_names([*_all_expressions(stream)])
-    counts = dict.fromkeys(COUNTS, 0)
+    counts = _no_counts(stream)
     with writing(out) as file:
         for path in paths:
             done = 0
@@ -163,7 +166,7 @@ def mix_files(
                 name = document_id(row, path, line.number)
                 merged = _merge(row, name, path, line.number, attributes)
                 seen.update(merged)
-                for content in _mixed(row, name, keeps, replacers, stream, counts):
+                for content in _mixed(row, name, filter_, replacers, stream, counts):
                     content["metadata"] = {
                         **(content["metadata"] if _has_metadata(content) else {}),
                         "provenance": f"{os.path.basename(path)}:{line.number}",
@@ -184,27 +187,35 @@ def mix_files(
 def _mixed(
     row: dict[str, Any],
     name: str,
-    keeps: Callable[[dict[str, Any]], bool],
+    filter_: Filter,
     replacers: list[Callable[[dict[str, Any]], _Spans]],
     stream: StreamConfig,
-    counts: dict[str, int],
+    counts: Counts,
 ) -> list[dict[str, Any]]:
     """The document as often as it is to be written."""
-    if not keeps(row):
-        counts["filtered"] += 1
+    if (reason := filter_.why_not(row)) is not None:
+        counts[f"filtered by {reason}"] += 1
         return []
     if not (times := _times(name, stream)):
-        counts["sampled_out"] += 1
+        counts["sampled out"] += 1
         return []
     spans = [span for find in replacers for span in find(row)]
     row["text"] = _replace(row["text"], spans)
     for field in stream.output.discard_fields:
         row.pop(field, None)
     if len(row["text"].strip().encode()) < stream.output.min_text_length:
-        counts["too_short"] += 1
+        counts["too short"] += 1
         return []
+    counts["kept"] += 1
     counts["written"] += times
     return [row] * times
+
+
+def _no_counts(stream: StreamConfig) -> Counts:
+    include, exclude, _ = _expressions(stream)
+    filters = [*(["include"] if include else []), *exclude]
+    filtered = [f"filtered by {text}" for text in filters]
+    return dict.fromkeys(["documents", *filtered, "sampled out", "too short", "kept", "written"], 0)
 
 
 def _times(name: str, stream: StreamConfig) -> int:
@@ -309,7 +320,7 @@ def _counts_path(out: str) -> str:
     return f"{folder}/.counts/{name}.json"
 
 
-def _read_counts(out: str) -> dict[str, int]:
+def _read_counts(out: str) -> Counts:
     try:
         return msgspec.json.decode(storage.read(_counts_path(out)))
     except (OSError, msgspec.DecodeError) as e:

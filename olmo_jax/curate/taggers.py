@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
-from olmo_jax.curate import blocklists, c4, gopher, length, pii, repetition
+from olmo_jax.curate import blocklists, c4, decontaminate, gopher, length, pii, repetition
 from olmo_jax.curate.documents import (
     Attributed,
     Attributes,
@@ -56,6 +56,7 @@ _MADE: dict[str, Callable[[str | None], Tagger]] = {
     "url_blocklist": blocklists.UrlBlocklist,
     "domain_blocklist": blocklists.DomainBlocklist,
     "word_blocklist": blocklists.WordBlocklist,
+    "ngram_overlap": decontaminate.NgramOverlap,
 }
 _LANGUAGE = ("cld2_en_doc_v2", "cld2_en_paragraph_with_doc_score_v2", "fasttext")
 

@@ -64,7 +64,8 @@ def test_mixer_output_is_equal(dolma, corpus, tmp_path, k):
     with gzip.open(tmp_path / f"{stream['name']}-0000.jsonl.gz") as lines:
         assert [json.loads(line) for line in lines] == expected["rows"]
     assert 5 < counts["written"] == len(expected["rows"]) < counts["documents"]
-    assert counts["documents"] == sum(counts[k] for k in counts if k != "documents")
+    left = [n for what, n in counts.items() if what not in ("documents", "written")]
+    assert counts["documents"] == sum(left)
     assert mix(config, NOW)[stream["name"]] == counts  # nothing left to do
 
 

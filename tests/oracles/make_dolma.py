@@ -56,7 +56,7 @@ AWKWARD = [
     "Javascript javascripts ½ ² 12 word_ ___ éa # no#\u2028line\u0085next a\u00a0b\n" * 3,
     "ab ab ab ab ab ab\nxyxyxyxyxy\n- - - - - - - - - - - -\n",
     "Der schnelle braune Fuchs springt über den faulen Hund.\nDas ist ein Satz. 漢字 🙂\n",
-    "'On pain of losing her tongue.' Who devised this penalty? don\u2019t \u2018tis l'objectif 1'on\n",
+    "'On pain of losing her tongue.' Who? don\u2019t \u2018tis l'objectif 1'on\n",
     "control \x07 characters \x00 in an English sentence that is long enough to be sure about.\n",
     "the same words the same words the same words the same words the same words the same words",
 ]
