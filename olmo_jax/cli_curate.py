@@ -112,12 +112,78 @@ def data_mix(
         print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 
+def data_decontaminate(
+    documents: Annotated[
+        list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet) in a folder documents/.")
+    ],
+    against: Annotated[
+        list[str], Option("--against", help="Evaluation sets, JSON lines or Parquet; repeatable.")
+    ],
+    index: Annotated[str, Option("--index", help="The index of n-grams to write, .npz.")],
+    experiment: Annotated[
+        str, Option("--experiment", help="Attributes go to attributes/EXPERIMENT/.")
+    ] = "contamination",
+    field: Annotated[
+        list[str] | None, Option("--field", help="Only this field of the sets; repeatable.")
+    ] = None,
+    ngram_length: Annotated[int, Option("--ngram_length", help="In words.")] = 13,
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Mark where documents hold n-grams of evaluation sets.
+
+    ```
+    olmo-jax data decontaminate 'a/documents/*.gz' --against='sets/*.jsonl' --index=sets.npz
+    ```
+    """
+    from olmo_jax.curate.config import parse_config
+    from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
+    from olmo_jax.curate.tag import tag
+
+    content = {"against": against, "fields": field or [], "ngram_length": ngram_length}
+    ngrams = write_index(parse_config(content, DecontaminateConfig, "decontaminate"), index)
+    spec = f"ngram_overlap:{os.path.abspath(index)}"
+    done = tag(documents, [spec], experiment, make_executor(executor, workers, retries))
+    print(f"{done:,} documents looked through for {ngrams:,} n-grams: attributes/{experiment}/")
+
+
+def data_build(
+    recipe: Annotated[str, Argument(help="A recipe, YAML.")],
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Tag, de-duplicate, decontaminate, mix and tokenize, with a data card.
+
+    The same command again goes on where it stopped. See docs/curate.md for recipes.
+
+    ```
+    olmo-jax data build recipe.yaml
+    ```
+    """
+    from olmo_jax.curate.build import build
+    from olmo_jax.curate.config import read_yaml
+
+    facts = build(read_yaml(recipe), recipe, make_executor(executor, workers, retries))
+    tokens = facts["tokens"]
+    for name, counts in facts["mix"].items():
+        print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    print(
+        f"{facts['recipe']['out']}/tokens: {tokens['tokens']:,} tokens of "
+        f"{tokens['documents']:,} documents; Data.eos_token_id = {tokens['eos_token_id']}; "
+        f"see {facts['recipe']['out']}/README.md"
+    )
+
+
 def add_commands(app: typer.Typer) -> None:
     """Adds them to `olmo-jax data`."""
     for name, command in (
         ("tag", data_tag),
         ("taggers", data_taggers),
         ("dedupe", data_dedupe),
+        ("decontaminate", data_decontaminate),
         ("mix", data_mix),
+        ("build", data_build),
     ):
         app.command(name)(command)

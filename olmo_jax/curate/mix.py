@@ -28,8 +28,8 @@ from olmo_jax.errors import UserError
 
 _Spans = list[tuple[int, int, str]]
 Counts = dict[str, int]
-"""What became of documents: how many there were (`documents`), were left out by each expression of a
-filter (`filtered by …`), by sampling (`sampled out`), for their length (`too short`), were kept
+"""What became of documents: how many there were (`documents`), were left out by each expression of
+a filter (`filtered by …`), by sampling (`sampled out`), for their length (`too short`), were kept
 (`kept`), and written (`written`, which a weight above 1 makes more)."""
 
 
@@ -86,6 +86,12 @@ class StreamConfig(Config):
     a third time, by a hash of the id and `seed`."""
     seed: int = 0
 
+    def check(self) -> None:
+        """Raises UserError for an expression that cannot be read."""
+        Filter(*_expressions(self))
+        for replacement in self.span_replacement:
+            _replacer(replacement)
+
 
 class MixConfig(Config):
     """A mixer configuration."""
@@ -117,9 +123,7 @@ def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str,
 
 
 def _shards(stream: StreamConfig, join: bool) -> list[Shard]:
-    Filter(*_expressions(stream))  # mistakes come out before any work
-    for replacement in stream.span_replacement:
-        _replacer(replacement)
+    stream.check()  # mistakes come out before any work
     inputs = find_documents(stream.documents)
     extension = stream.compression.output
     suffix = ".gz" if extension is None else f".{extension}" if extension else ""
