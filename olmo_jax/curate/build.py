@@ -45,7 +45,7 @@ class SourceConfig(Config):
     """Documents that are sampled together."""
 
     documents: tuple[str, ...] = Field(min_length=1)
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class DedupeStep(DedupeConfig):
@@ -60,7 +60,7 @@ class TokenizeStep(Config):
     tokenizer: str
     eos_token: str = EOS
     seed: int | None = 0
-    max_tokens_per_file: int = Field(1 << 26, gt=0)
+    max_tokens_per_file: int = Field(default=1 << 26, gt=0)
 
 
 class Recipe(Config):
@@ -74,7 +74,7 @@ class Recipe(Config):
     decontaminate: DecontaminateConfig | None = None
     filter: FilterConfig = FilterConfig()
     span_replacement: tuple[SpanReplacement, ...] = ()
-    min_text_length: int = Field(0, ge=0)
+    min_text_length: int = Field(default=0, ge=0)
     seed: int = 0
     """Of the sampling by weight."""
     tokenize: TokenizeStep

@@ -30,9 +30,9 @@ class DecontaminateConfig(Config):
     field is called."""
     fields: tuple[str, ...] = ()
     """Only these fields, e.g. question; at any depth."""
-    ngram_length: int = Field(13, ge=1)
+    ngram_length: int = Field(default=13, ge=1)
     """In words; GPT-3's 13."""
-    min_words: int = Field(8, ge=1)
+    min_words: int = Field(default=8, ge=1)
     """A text with fewer words than an n-gram is looked for whole, from this many on."""
 
 

@@ -107,7 +107,9 @@ def hash_file(path: str, out: str, settings: DedupeConfig, advance: Advance) -> 
             done = line.bytes_read
     advance(0, storage.size(path) - done)
     if settings.method == "minhash":
-        hashes = np.array(signatures, np.uint32).reshape(-1, settings.minhash.permutations)
+        hashes: np.ndarray = np.array(signatures, np.uint32).reshape(
+            -1, settings.minhash.permutations
+        )
         unit = list(range(len(units)))
     else:
         hashes = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)

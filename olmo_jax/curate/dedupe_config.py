@@ -10,8 +10,8 @@ from olmo_jax.curate.config import Compression, Config, WorkDir
 class NgramConfig(Config):
     """Paragraphs by the n-grams of their Unicode words."""
 
-    ngram_length: int = Field(0, ge=0)
-    stride: int = Field(0, ge=0)
+    ngram_length: int = Field(default=0, ge=0)
+    stride: int = Field(default=0, ge=0)
     """Words between the starts of n-grams; 0 or 1 takes them all."""
     overlap_threshold: float = 1.0
     """The share of a paragraph's n-grams that were seen before, from which it is marked."""
@@ -24,7 +24,7 @@ class ParagraphConfig(Config):
 
     attribute_name: str
     by_ngram: NgramConfig | None = None
-    paragraph_separator: str = Field("\n", min_length=1)
+    paragraph_separator: str = Field(default="\n", min_length=1)
 
 
 class DocumentConfig(Config):
@@ -39,10 +39,10 @@ class MinHashConfig(Config):
     """When two documents are near-duplicates. The default bands find a pair of Jaccard similarity
     0.8 in 99.96 % of cases, one of 0.5 in 47 %, and the signatures are then compared."""
 
-    permutations: int = Field(128, ge=16)
-    bands: int = Field(16, ge=1)
-    ngram_length: int = Field(5, ge=1)
-    similarity: float = Field(0.7, gt=0, le=1)
+    permutations: int = Field(default=128, ge=16)
+    bands: int = Field(default=16, ge=1)
+    ngram_length: int = Field(default=5, ge=1)
+    similarity: float = Field(default=0.7, gt=0, le=1)
     """Estimated from the signatures, below which a pair is not taken."""
     seed: int = 1
 
@@ -57,8 +57,8 @@ class DedupeConfig(Config):
     method: Literal["bloom", "exact", "minhash"] = "bloom"
     minhash: MinHashConfig = MinHashConfig()
     skip_empty: bool = False
-    min_length: int = Field(0, ge=0)
-    min_words: int = Field(0, ge=0)
+    min_length: int = Field(default=0, ge=0)
+    min_words: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_kind(self) -> "DedupeConfig":
@@ -77,9 +77,9 @@ class BloomConfig(Config):
     file: str | None = None
     """Kept there afterwards; read first when it is there, so that later data are compared, too."""
     read_only: bool = False
-    estimated_doc_count: int = Field(1_000_000, gt=0)
-    desired_false_positive_rate: float = Field(1e-5, gt=0, lt=1)
-    size_in_bytes: int = Field(0, ge=0)
+    estimated_doc_count: int = Field(default=1_000_000, gt=0)
+    desired_false_positive_rate: float = Field(default=1e-5, gt=0, lt=1)
+    size_in_bytes: int = Field(default=0, ge=0)
     """Instead of the two before it."""
 
 

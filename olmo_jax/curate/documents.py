@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import msgspec
 import zstandard
 
 from olmo_jax import storage
@@ -20,6 +19,11 @@ from olmo_jax.data.documents import Line, document_id, read_lines
 from olmo_jax.data.token_files import find_files
 from olmo_jax.errors import UserError
 from olmo_jax.files import replacing
+
+try:
+    import msgspec
+except ImportError:
+    raise UserError("install olmo-jax[curate] for what makes token files of documents") from None
 
 Span = tuple[int, int, float]
 """Start and end in characters of the text, and a score."""
@@ -115,7 +119,7 @@ def writing(path: str) -> Iterator[BinaryIO]:
         if storage.is_remote(path):
             with tempfile.TemporaryDirectory() as folder:
                 local = Path(folder, "file")
-                with open(local, "wb") as file, _compressed(file, path) as stream:
+                with open(local, "wb") as new, _compressed(new, path) as stream:
                     yield stream
                 storage.upload(local, path)
         else:
@@ -130,12 +134,12 @@ def writing(path: str) -> Iterator[BinaryIO]:
 def _compressed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
     if path.endswith(".gz"):
         packed = gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0)
-        with packed, io.BufferedWriter(packed, _BUFFER) as stream:
+        with packed, io.BufferedWriter(cast(io.RawIOBase, packed), _BUFFER) as stream:
             yield cast(BinaryIO, stream)
     elif path.endswith((".zst", ".zstd")):
         writer = zstandard.ZstdCompressor().stream_writer(file, closefd=False)
-        with writer, io.BufferedWriter(cast(io.RawIOBase, writer), _BUFFER) as stream:
-            yield cast(BinaryIO, stream)
+        with writer, io.BufferedWriter(cast(io.RawIOBase, writer), _BUFFER) as buffer:
+            yield cast(BinaryIO, buffer)
     else:
         yield file
 

@@ -63,10 +63,10 @@ class OutputConfig(Config):
     """Where the documents of a stream go."""
 
     path: str
-    max_size_in_bytes: int = Field(2 << 30, gt=0)
+    max_size_in_bytes: int = Field(default=2 << 30, gt=0)
     """Of the inputs of a file, as they are stored."""
     discard_fields: tuple[str, ...] = ()
-    min_text_length: int = Field(0, ge=0)
+    min_text_length: int = Field(default=0, ge=0)
     """In bytes of the stripped text."""
 
 
@@ -81,7 +81,7 @@ class StreamConfig(Config):
     filter: FilterConfig | None = None
     span_replacement: tuple[SpanReplacement, ...] = ()
     compression: Compression = Compression()
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """How often a document is taken: 0.25 takes a quarter of them, 2.5 each twice and half of them
     a third time, by a hash of the id and `seed`."""
     seed: int = 0

@@ -75,8 +75,8 @@ def test_a_recipe_gives_clean_tokens_and_a_card(recipe, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     pattern = f"{tmp_path}/built/tokens/*.npy"
     config = DataConfig(paths=(pattern,), sequence_length=16, batch_size=1)
-    files = open_dataset(config, tokenizer.get_vocab_size()).files
-    text = "".join(tokenizer.decode(file.tokens.tolist()) for file in files)
+    [source] = open_dataset(config, tokenizer.get_vocab_size()).sources
+    text = "".join(tokenizer.decode(file.tokens[:].tolist(), False) for file in source.files)
     assert QUESTION.upper() not in text and "too short" not in text
     assert "some.body" not in text and "|||EMAIL_ADDRESS|||" in text
     assert "line17 speaks" in text and "line XVII" not in text
