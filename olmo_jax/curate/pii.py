@@ -17,6 +17,8 @@ _BYTE = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9][0-9]?)"
 _IP = re.compile(rf"(?:{_BYTE}\.){{3}}{_BYTE}")
 _MAYBE_PHONE = re.compile(r"\d{3}\)?[-. ]*\d{3}[-. ]?\d{4}")
 _MAYBE_IP = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
+_SPACE = re.compile(r"\s")
+_PUNCTUATION = re.compile(r"[.\s@,?!;:)(]*")
 _BEFORE_EMAIL = frozenset(".@,?!;:)(")
 _WINDOW = 100
 _MAX_QUESTION_MARKS = 10_000
@@ -82,8 +84,9 @@ def _in_paragraphs(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _emails(text: str) -> Iterator[re.Match[str]]:
-    """_EMAIL.finditer(text), which takes a word's length squared: a match holds an @, starts in the
-    punctuation and space before its word, and ends two characters after it at the most."""
+    """_EMAIL.finditer(text), which takes a word's length squared. A match that begins at an @ or
+    before begins in the punctuation and space before the @'s word, and ends two characters after
+    the word that follows the punctuation and space behind it, at the most."""
     last = 0
     at = text.find("@")
     while at >= 0:
@@ -92,13 +95,22 @@ def _emails(text: str) -> Iterator[re.Match[str]]:
             start -= 1
         while start > last and (text[start - 1] in _BEFORE_EMAIL or text[start - 1].isspace()):
             start -= 1
-        end = at
-        while end < len(text) and not text[end].isspace():
-            end += 1
-        for match in _EMAIL.finditer(text, start, min(end + 2, len(text))):
-            last = match.end()
+        end = _word_end(text, at)
+        after = _word_end(text, _PUNCTUATION.match(text, end).end())  # type: ignore[union-attr]
+        match = _EMAIL.search(text, start, min(after + 2, len(text)))
+        if match and match.start() <= at:
             yield match
-        at = text.find("@", max(end, last))
+            last = match.end()
+        # What begins at a further @ of the same run could have begun at its first.
+        run = at + 1
+        while text.startswith("@", run):
+            run += 1
+        at = text.find("@", max(run, last))
+
+
+def _word_end(text: str, at: int) -> int:
+    space = _SPACE.search(text, at)
+    return space.start() if space else len(text)
 
 
 def _is_address(found: str) -> bool:
