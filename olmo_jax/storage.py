@@ -128,12 +128,14 @@ def read(path: PathLike, start: int = 0, end: int | None = None) -> bytes:
     return _retrying(lambda: _whole(files.cat_file(os.fspath(path), **wanted), start, end))
 
 
-def open_stream(path: PathLike) -> BinaryIO:
-    """A file to read from its beginning, also one at http(s)://. Raises OSError."""
+def open_stream(path: PathLike, seeks: bool = False) -> BinaryIO:
+    """A file to read from its beginning, or (`seeks`) anywhere, also one at http(s)://; few web
+    servers can do the latter. Raises OSError."""
     if not has_protocol(path):
         return open(path, "rb")
     files = file_system(path)
-    return cast(BinaryIO, _retrying(lambda: files.open(os.fspath(path), "rb")))
+    options = {} if seeks or is_remote(path) else {"block_size": 0}
+    return cast(BinaryIO, _retrying(lambda: files.open(os.fspath(path), "rb", **options)))
 
 
 def upload(local: PathLike, path: PathLike) -> None:

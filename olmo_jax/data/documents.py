@@ -123,7 +123,9 @@ def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
     if path.endswith((".zst", ".zstd")):
         reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), _BUFFER))
-    return raw
+    if isinstance(raw, io.BufferedReader):
+        return raw
+    return io.BufferedReader(cast(io.RawIOBase, raw), _BUFFER)  # fsspec's lines have no limit
 
 
 def _read_parquet(path: str) -> Iterator[Line]:
@@ -134,7 +136,7 @@ def _read_parquet(path: str) -> Iterator[Line]:
         raise UserError(f"{path}: install olmo-jax[curate] to read Parquet") from None
     number = 0
     try:
-        with storage.open_stream(path) as raw:
+        with storage.open_stream(path, seeks=True) as raw:
             file = pyarrow.parquet.ParquetFile(raw)
             size, total = storage.size(path), max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=1024):
