@@ -57,19 +57,31 @@ def main(folder: Path, dolma: Annotated[Path, typer.Option()], workers: int = 2)
         ),
     }
     for step, pair in commands.items():
-        seconds = []
+        seconds, cpu = [], []
         for who, command in zip(("olmo_jax", "dolma"), pair, strict=True):
             for name in ("attributes", "tokens"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / "bloom.bin").unlink(missing_ok=True)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), _cpu()
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{' '.join(command)}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}")
             seconds.append(time.perf_counter() - start)
+            cpu.append(_cpu() - before)
             rate = f"{n / seconds[-1]:8.0f} documents/s {size / seconds[-1]:6.2f} MB/s"
+            rate += f", {cpu[-1]:.1f} s of CPU"
             print(f"{step:9} {who:9} {seconds[-1]:7.2f} s {rate}", flush=True)
-        print(f"{step:9} {seconds[1] / seconds[0]:.2f} times dolma's speed", flush=True)
+        print(
+            f"{step:9} {seconds[1] / seconds[0]:.2f} times dolma's speed, "
+            f"{cpu[1] / cpu[0]:.2f} by time of CPU",
+            flush=True,
+        )
+
+
+def _cpu() -> float:
+    """Seconds of CPU that finished child processes took; steadier than the clock."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ named at the end while the others finish.
 """
 
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -202,7 +203,7 @@ def _run_ray(shards: Sequence[Shard], workers: int, advance: Advance) -> _Done:
     except ImportError:
         raise UserError("--executor=ray: install olmo-jax[ray]") from None
     if not ray.is_initialized():
-        ray.init(num_cpus=None, log_to_driver=False, logging_level="error")
+        ray.init(num_cpus=None, log_to_driver=False, logging_level=logging.ERROR)
     task = ray.remote(max_retries=0)(_call_counted)
     waiting, running = list(reversed(shards)), dict[Any, Shard]()
     while waiting or running:
