@@ -69,13 +69,11 @@ def main(folder: Path, dolma: Annotated[Path, typer.Option()], workers: int = 2)
             seconds.append(time.perf_counter() - start)
             cpu.append(_cpu() - before)
             rate = f"{n / seconds[-1]:8.0f} documents/s {size / seconds[-1]:6.2f} MB/s"
-            rate += f", {cpu[-1]:.1f} s of CPU"
+            if workers == 1:  # the children of a fork server are not counted
+                rate += f", {cpu[-1]:.1f} s of CPU"
             print(f"{step:9} {who:9} {seconds[-1]:7.2f} s {rate}", flush=True)
-        print(
-            f"{step:9} {seconds[1] / seconds[0]:.2f} times dolma's speed, "
-            f"{cpu[1] / cpu[0]:.2f} by time of CPU",
-            flush=True,
-        )
+        by_cpu = f", {cpu[1] / cpu[0]:.2f} by time of CPU" if workers == 1 else ""
+        print(f"{step:9} {seconds[1] / seconds[0]:.2f} times dolma's speed{by_cpu}", flush=True)
 
 
 def _cpu() -> float:

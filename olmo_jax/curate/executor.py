@@ -9,12 +9,14 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from olmo_jax import storage
@@ -148,8 +150,11 @@ def _in_words(shard: Shard, error: BaseException) -> str:
     return f"{shard.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-# What a worker imports takes a second; the fork server does it once.
+# What a worker imports takes a second; the fork server does it once. (Tokenizing needs none of it,
+# nor the extra `curate`.)
 _PRELOADED = [f"olmo_jax.curate.{name}" for name in ("mix", "dedupe", "taggers")]
+if find_spec("msgspec") is None:
+    _PRELOADED = []
 _Done = Iterator[tuple[Shard, Any]]
 
 
@@ -229,6 +234,15 @@ _worker_counts: tuple[Any, Any]
 def _start_worker(documents: Any, n_bytes: Any) -> None:
     global _worker_counts
     _worker_counts = (documents, n_bytes)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """When the run is killed; a pool's workers would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _call(shard: Shard) -> Any:

@@ -77,15 +77,20 @@ def test_a_killed_run_goes_on(copies):
     whole, root = run_all(copies(), Executor()), copies()
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
-        "from test_executor import run_all, Executor; run_all(Path(sys.argv[1]), Executor())"
+        "from test_executor import run_all, Executor;"
+        "run_all(Path(sys.argv[1]), Executor(workers=2))"
     )
     command = [sys.executable, "-c", program, str(root), os.path.dirname(__file__)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, start_new_session=True)
     while not (root / "attributes/rules/part-1.jsonl").exists():
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 60
+    while running := in_session(process.pid):  # its workers leave, too
+        assert time.monotonic() < deadline, running
+        time.sleep(0.1)
     before = outputs(root)
     finished = root / "attributes/rules/part-1.jsonl"
     written = finished.stat().st_mtime_ns
@@ -93,6 +98,13 @@ def test_a_killed_run_goes_on(copies):
     after = run_all(root, Executor())
     assert {name: after[name] for name in whole} == whole
     assert finished.stat().st_mtime_ns == written  # not done again
+
+
+def in_session(session):
+    """The processes of a session that still run."""
+    listed = subprocess.run(["ps", "-eo", "sid=,stat=,pid="], capture_output=True, text=True)
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    return [pid for sid, state, pid in rows if int(sid) == session and state[0] != "Z"]
 
 
 def work(out, behaviour, advance):
