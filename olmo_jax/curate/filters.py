@@ -8,6 +8,7 @@ asks about the object itself, as the library that Dolma uses has it.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from olmo_jax.curate.documents import encode
@@ -26,6 +27,7 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 _NAMES = re.compile(r"\b\w+?__\w+__\w+\b")
 
 
+@lru_cache(maxsize=256)
 def compile_expression(text: str, syntax: str) -> Select:
     """An expression in the syntax `jsonpath` or `jq`. Raises UserError with the place of a
     mistake."""

@@ -170,7 +170,11 @@ def mix_files(
                 name = document_id(row, path, line.number)
                 merged = _merge(row, name, path, line.number, attributes)
                 seen.update(merged)
-                for content in _mixed(row, name, filter_, replacers, stream, counts):
+                try:
+                    mixed = _mixed(row, name, filter_, replacers, stream, counts)
+                except ValueError as e:
+                    raise UserError(f"{path}: line {line.number}: jq: {e}") from None
+                for content in mixed:
                     content["metadata"] = {
                         **(content["metadata"] if _has_metadata(content) else {}),
                         "provenance": f"{os.path.basename(path)}:{line.number}",

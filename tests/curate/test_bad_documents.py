@@ -174,3 +174,15 @@ def test_what_cannot_be_found_or_named(tmp_path):
         load_tagger("gopher_v3")
     with pytest.raises(UserError, match="takes nothing after a colon"):
         load_tagger("gopher_v1:3")
+
+
+def test_a_jq_program_that_fails_names_the_line(tmp_path, write_documents):
+    path = write_documents("a.jsonl", ["a"])
+    stream = {
+        "name": "s",
+        "documents": [str(path)],
+        "filter": {"include": [".nothing | keys"], "syntax": "jq"},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    with pytest.raises(UserError, match=r"a.jsonl: line 1: jq: null .* has no keys"):
+        mix(parse_config({"streams": [stream]}, MixConfig, ""), Executor(retries=0))
