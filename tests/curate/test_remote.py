@@ -23,6 +23,7 @@ def s3():
     forget()
 
 
+@pytest.mark.slow  # starting the server takes longer than the rest
 def test_a_bucket_is_tagged_as_a_folder_is(s3, corpus):
     remote = f"s3://{BUCKET}/corpus/documents"
     for path in sorted((corpus / "documents").iterdir()):
