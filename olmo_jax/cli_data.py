@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 from typer import Argument, Context, Option
 
+from olmo_jax.cli_curate import Kind, Retries, Workers, add_commands, make_executor
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, run_config
 from olmo_jax.errors import UserError
 
 app = typer.Typer(
     help="Make tokenizers and token files; look at training instances.", no_args_is_help=True
 )
+
+add_commands(app)
 
 Documents = Annotated[list[str], Argument(help="Documents as JSONL, also .gz or .zst.")]
 
@@ -49,25 +52,35 @@ def data_tokenize(
     max_tokens_per_file: Annotated[
         int, Option("--max_tokens_per_file", help="Start a new file beyond this.")
     ] = 1 << 26,
+    seed: Annotated[
+        int | None, Option("--seed", help="Shuffle the documents; the inputs' order without.")
+    ] = None,
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
 ) -> None:
     """Turn documents into token files (.npy, with their documents in .csv.gz).
+
+    The files have equal sizes as far as whole documents allow, and the same bytes for any number of
+    workers. After a failure the same command goes on.
 
     ```
     olmo-jax data tokenize train.jsonl --out=data/train --tokenizer=tokenizer.json
     ```
     """
+    from olmo_jax.curate.executor import job_runner
     from olmo_jax.data.tokenize import tokenize_documents
 
-    with progress("tokenizing") as advance:
-        done = tokenize_documents(
-            files,
-            out,
-            tokenizer,
-            eos_token=eos_token,
-            strip=not keep_whitespace,
-            max_tokens_per_file=max_tokens_per_file,
-            progress=advance,
-        )
+    done = tokenize_documents(
+        files,
+        out,
+        tokenizer,
+        eos_token=eos_token,
+        strip=not keep_whitespace,
+        max_tokens_per_file=max_tokens_per_file,
+        seed=seed,
+        run=job_runner(make_executor(executor, workers, retries), "tokenizing"),
+    )
     print(
         f"{out}: {done.tokens:,} tokens of {done.documents:,} documents in {len(done.files)} files"
         f" of {done.files[0].dtype} ({done.skipped:,} empty documents skipped); "

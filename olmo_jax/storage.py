@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from olmo_jax.errors import UserError
 from olmo_jax.web import WebFiles
@@ -58,6 +58,11 @@ def is_web(path: PathLike) -> bool:
     return re.match(r"https?://", os.fspath(path)) is not None
 
 
+def has_protocol(path: PathLike) -> bool:
+    """Whether a path is an address in a bucket or on the web."""
+    return is_remote(path) or re.match(r"https?://", os.fspath(path)) is not None
+
+
 def location(path: PathLike) -> Path:
     """An absolute path; for a bucket an epath.Path, which has pathlib's methods for what is here.
     UserError without the libraries for buckets, and for a web server's address."""
@@ -91,7 +96,7 @@ def _file_system(protocol: str, _pid: int) -> Any:
     import fsspec
 
     for name in (protocol, "gcs") if protocol == "gs" else (protocol,):
-        fsspec.config.conf.setdefault(name, {}).update(_SETTINGS[protocol])
+        fsspec.config.conf.setdefault(name, {}).update(_SETTINGS.get(protocol, {}))
     return fsspec.filesystem(protocol)
 
 
@@ -116,8 +121,8 @@ def exists(path: PathLike) -> bool:
 
 
 def size(path: PathLike) -> int:
-    """Bytes of a file. Raises OSError."""
-    if not is_remote(path):
+    """Bytes of a file, also of one at http(s)://. Raises OSError."""
+    if not has_protocol(path):
         return os.path.getsize(path)
     files = file_system(path)
     found = _retrying(lambda: files.info(os.fspath(path)))["size"]
@@ -139,6 +144,23 @@ def read(path: PathLike, start: int = 0, end: int | None = None) -> bytes:
     return _retrying(lambda: _whole(files.cat_file(os.fspath(path), **wanted), start, end))
 
 
+def open_stream(path: PathLike, seeks: bool = False) -> BinaryIO:
+    """A file to read from its beginning, or (`seeks`) anywhere, also one at http(s)://; few web
+    servers can do the latter. Raises OSError."""
+    if not has_protocol(path):
+        return open(path, "rb")
+    files = file_system(path)
+    options = {} if seeks or is_remote(path) else {"block_size": 0}
+    return cast(BinaryIO, _retrying(lambda: files.open(os.fspath(path), "rb", **options)))
+
+
+def upload(local: PathLike, path: PathLike) -> None:
+    """Copies a file of this machine to an object of a bucket, whole or not at all. Raises
+    OSError."""
+    files = file_system(path)
+    _retrying(lambda: files.put_file(os.fspath(local), os.fspath(path)))
+
+
 def write(path: PathLike, content: bytes) -> None:
     """Writes an object of a bucket, whole or not at all. Raises OSError."""
     files = file_system(path)
@@ -147,7 +169,7 @@ def write(path: PathLike, content: bytes) -> None:
 
 def map_files(call: Callable[[S], T], items: Iterable[S], paths: Iterable[PathLike]) -> list[T]:
     """`call` of each item in order; many at once when the files that it reads are in buckets."""
-    if not any(map(is_remote, paths)):
+    if not any(map(has_protocol, paths)):
         return [call(item) for item in items]
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(call, items))

@@ -34,8 +34,9 @@ def test_every_command_of_the_readme_runs(tmp_path):
     text = "**MACBETH**  \nTo-morrow, and to-morrow, and to-morrow,\n" * 400
     folder = tmp_path / "data" / "demo" / "text"
     folder.mkdir(parents=True)
-    for name in ("train", "heldout"):
-        (folder / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": text}) + "\n")
+    other = "**ARIEL**  \nFull fathom five thy father lies;\n" * 400
+    for name, content in (("train", text), ("heldout", other)):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": content}) + "\n")
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,

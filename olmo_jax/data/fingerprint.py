@@ -27,15 +27,15 @@ def fingerprint_files(files: Iterable[TokenFile], with_documents: bool) -> str:
     files = list(files)
 
     def parts(file: TokenFile) -> list[Any]:
-        own = [[os.path.basename(file.path), file.dtype, _contents(file.path)]]
+        own = [[os.path.basename(file.path), file.dtype, contents(file.path)]]
         documents = with_documents and storage.exists(file.documents_path)
-        return own + ([_contents(file.documents_path)] if documents else [])
+        return own + ([contents(file.documents_path)] if documents else [])
 
     found = storage.map_files(parts, files, [file.path for file in files])
     return fingerprint([part for file in found for part in file])
 
 
-def _contents(path: str) -> list[Any]:
+def contents(path: str) -> list[Any]:
     """Size and hash: of the whole file, or of 64 blocks spread over it, head and tail included."""
     size = storage.size(path)
     digest = xxhash.xxh3_128()

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from olmo_jax import storage
+from olmo_jax.data.megatron import read_index
 from olmo_jax.data.remote_tokens import RemoteTokens
 from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes
@@ -64,6 +65,9 @@ class TokenFile:
 
 
 def documents_path(path: str) -> str:
+    """The file that says where a token file's documents are: `.csv.gz`, or Megatron's `.idx`."""
+    if path.endswith(".bin"):
+        return path.removesuffix(".bin") + ".idx"
     return path.removesuffix(".npy") + ".csv.gz"
 
 
@@ -72,15 +76,15 @@ def smallest_dtype(vocab_size: int) -> str:
     return next(d for d in DTYPES if vocab_size - 1 <= np.iinfo(d).max)
 
 
-def find_files(patterns: Iterable[str]) -> list[str]:
-    """Paths and globs to files: the given order, sorted within a glob.
+def find_files(patterns: Iterable[str], what: str = "token file") -> list[str]:
+    """Paths and globs to files: the given order, sorted within a glob. Errors call them `what`.
 
     Raises UserError for a missing file or a glob without a match.
     """
     found: list[str] = []
     for pattern in patterns:
         if storage.is_remote(pattern):
-            found += _find_remote(pattern)
+            found += _find_remote(pattern, what)
         elif "://" in pattern:
             raise UserError(
                 f"{pattern}: token files are read from a local disk, gs://, s3://, http:// or "
@@ -96,15 +100,15 @@ def find_files(patterns: Iterable[str]) -> list[str]:
         elif os.path.isdir(pattern):
             raise UserError(f"{pattern}: is a folder; name its files, e.g. {pattern}/*.npy")
         else:
-            raise UserError(f"{pattern}: no such token file")
+            raise UserError(f"{pattern}: no such {what}")
     return found
 
 
-def _find_remote(pattern: str) -> list[str]:
+def _find_remote(pattern: str, what: str) -> list[str]:
     try:
         if not glob.has_magic(pattern):
             if not storage.exists(pattern):
-                raise UserError(f"{pattern}: no such token file")
+                raise UserError(f"{pattern}: no such {what}")
             return [pattern]
         if storage.is_web(pattern):
             raise UserError(f"{pattern}: a web server lists no files; name each one")
@@ -132,6 +136,10 @@ def open_token_file(path: str, dtype: str, vocab_size: int) -> TokenFile:
         magic = storage.read(path, 0, min(6, n_bytes))
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    if path.endswith(".bin") and storage.exists(documents_path(path)):
+        index_dtype, _ = read_index(documents_path(path))
+        if index_dtype != dtype:
+            raise UserError(f"{path}: its .idx says {index_dtype}, not {dtype}; set Data.dtype")
     width = np.dtype(dtype).itemsize
     if n_bytes == 0:
         raise UserError(f"{path}: empty token file; remove it from the data or write it again")
@@ -170,6 +178,8 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
     try:
         if not storage.exists(path):
             return None
+        if path.endswith(".idx"):
+            return _read_megatron(path, n_tokens)
         with gzip.open(open_binary(path), "rt", encoding="utf-8", newline="") as f:
             documents = [_parse_row(row, path, i) for i, row in enumerate(csv.reader(f), 1)]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as e:
@@ -185,9 +195,22 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
     return documents
 
 
+def _read_megatron(path: str, n_tokens: int | None) -> list[Document]:
+    _, ends = read_index(path)
+    if n_tokens is not None and len(ends):
+        _check_end(path, int(ends[-1]), n_tokens)
+    starts = [0, *ends[:-1].tolist()]
+    return [
+        Document(start, end, str(i), path, i + 1)
+        for i, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True))
+    ]
+
+
 def check_complete(file: TokenFile) -> None:
     """Raise UserError when the file ends before its last document does."""
-    if storage.exists(file.documents_path):
+    if file.documents_path.endswith(".idx"):
+        read_documents(file.documents_path, file.size)
+    elif storage.exists(file.documents_path):
         try:
             with gzip.open(open_binary(file.documents_path), "rb") as f:
                 last = f.read().rstrip(b"\n").rpartition(b"\n")[2]
@@ -198,10 +221,11 @@ def check_complete(file: TokenFile) -> None:
 
 def _check_end(path: str, end: int, n_tokens: int) -> None:
     if end > n_tokens:
-        token_file = path.removesuffix(".csv.gz") + ".npy"
+        idx = path.endswith(".idx")
+        token_file = path.removesuffix(".idx").removesuffix(".csv.gz") + (".bin" if idx else ".npy")
         raise UserError(
-            f"{token_file}: truncated: it holds {n_tokens} tokens, but its .csv.gz has a document "
-            f"that ends at token {end}"
+            f"{token_file}: truncated: it holds {n_tokens} tokens, but its "
+            f"{'.idx' if idx else '.csv.gz'} has a document that ends at token {end}"
         )
 
 
@@ -222,13 +246,18 @@ def write_token_file(
     The bytes depend on the arguments alone: the gzip header carries no time.
     """
     path = str(path)
-    rows = io.StringIO()
-    csv.writer(rows, lineterminator="\n").writerows(documents)
     # The .csv.gz goes first: a token file that is there always has its documents.
-    write_atomically(documents_path(path), gzip.compress(rows.getvalue().encode(), mtime=0))
+    write_documents(path, documents)
     array = np.ascontiguousarray(tokens, dtype=dtype)
     write_atomically(path, array.tobytes())
     return TokenFile(path, dtype, len(array))
+
+
+def write_documents(path: str, documents: Iterable[Document]) -> None:
+    """Write the `.csv.gz` of the token file at `path`."""
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(documents)
+    write_atomically(documents_path(path), gzip.compress(rows.getvalue().encode(), mtime=0))
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

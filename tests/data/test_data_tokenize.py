@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from olmo_jax.curate.executor import Executor, job_runner
 from olmo_jax.data import DataConfig, open_dataset
 from olmo_jax.data.inspect import describe_instance
 from olmo_jax.data.tokenize import tokenize_documents
@@ -117,7 +118,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, tokenizer):
 
     assert "a.jsonl: line 7 is not JSON" in run(jsonl() + b"{oops\n")
     assert "line 1 has no string 'text'" in run(b'{"id": "x"}\n')
-    assert "cannot be read after line 0" in run(b"\xff\xfe\n")
+    assert "line 1 is not UTF-8" in run(b"\xff\xfe\n")
     assert "no text in" in run(b"\n")
     assert "no token '<eos>'; its special tokens are <|endoftext|>, <|padding|>" in run(
         jsonl(), eos_token="<eos>"
@@ -165,3 +166,40 @@ def test_without_stripping_every_byte_is_counted(tmp_path, tokenizer):
     for strip, expected in ((False, text), (True, text.strip())):
         out = tokenize_documents([str(documents)], tmp_path / str(strip), tokenizer, strip=strip)
         assert bytes_V[out.files[0].tokens].sum() == len(expected.encode())
+
+
+def test_workers_and_kills_change_no_byte(tmp_path, tokenizer):
+    for k in range(4):
+        texts = [f"file {k} document {i} " * (1 + (7 * i + k) % 9) for i in range(30)]
+        (tmp_path / f"{k}.jsonl").write_bytes(jsonl(texts))
+    inputs = [str(tmp_path / f"{k}.jsonl") for k in range(4)]
+
+    def run(name, workers, **settings):
+        runner = job_runner(Executor(workers=workers), "tokenizing", quiet=True)
+        done = tokenize_documents(
+            inputs, tmp_path / name, tokenizer, max_tokens_per_file=2000, run=runner, **settings
+        )
+        files = {p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())}
+        return done, files
+
+    done, one = run("one", 1, seed=7)
+    assert run("two", 2, seed=7)[1] == run("four", 4, seed=7)[1] == one
+    assert run("other", 1, seed=8)[1] != one
+    ordered, _ = run("ordered", 1)
+    plain = tokenize_documents(inputs, tmp_path / "plain", tokenizer, max_tokens_per_file=2000)
+    assert [f.size for f in plain.files] == [f.size for f in ordered.files]
+    sizes = [f.size for f in done.files]
+    longest = max(r.end - r.start for f in done.files for r in f.documents())
+    assert len(sizes) > 2 and max(sizes) - min(sizes) <= longest * len(sizes)
+    documents = [(r.src, r.loc) for f in done.files for r in f.documents()]
+    assert sorted(documents) == sorted((path, i + 1) for path in inputs for i in range(30))
+    assert documents != sorted(documents)
+
+    (tmp_path / "3.jsonl").write_bytes(jsonl(["fine"]) + b"{oops")
+    with pytest.raises(UserError, match=r"3.jsonl: line 2 is not JSON"):
+        run("again", 1)
+    [parts] = tmp_path.glob(".again.*.parts")
+    assert len(list(parts.glob("*.npy"))) == 3 and not (tmp_path / "again").exists()
+    (tmp_path / "3.jsonl").write_bytes(jsonl(["fine"]))
+    assert run("again", 1)[0].documents == 91
+    assert not list(tmp_path.glob(".again*"))

@@ -1,0 +1,189 @@
+"""`olmo-jax data tag`, `dedupe`, `mix`, `decontaminate`, `build`: from documents to token files."""
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from olmo_jax.curate.executor import Executor
+
+Workers = Annotated[
+    int | None, Option("--workers", help="Processes; as many as there are cores by default.")
+]
+Kind = Annotated[
+    str, Option("--executor", help="local, or ray (the cluster of RAY_ADDRESS, or this machine).")
+]
+Retries = Annotated[int, Option("--retries", help="How often a failing file is tried again.")]
+
+
+def make_executor(kind: str, workers: int | None, retries: int = 1) -> "Executor":
+    """The executor of a command's options."""
+    from olmo_jax.curate.executor import Executor
+
+    return Executor(kind, workers or os.cpu_count() or 1, retries)
+
+
+def data_tag(
+    documents: Annotated[
+        list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet) in a folder documents/.")
+    ],
+    tagger: Annotated[
+        list[str],
+        Option("--tagger", help="A tagger, or tagger:option; give it again for more."),
+    ],
+    experiment: Annotated[
+        str, Option("--experiment", help="Attributes go to attributes/EXPERIMENT/.")
+    ],
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Write attributes of documents: quality rules, length, language, personal data, ….
+
+    Formats, names and values are Dolma's. The same command again does only what is left.
+
+    ```
+    olmo-jax data tag 'a/documents/*.gz' --experiment=rules --tagger=gopher_v1 --tagger=c4_v2
+    ```
+    """
+    from olmo_jax.curate.tag import tag
+
+    done = tag(documents, tagger, experiment, make_executor(executor, workers, retries))
+    print(f"{done:,} documents tagged in attributes/{experiment}/")
+
+
+def data_taggers() -> None:
+    """List the taggers, those that packages add included."""
+    from olmo_jax.curate.taggers import tagger_names
+
+    print("\n".join(tagger_names()))
+
+
+def data_dedupe(
+    config: Annotated[str, Argument(help="A deduper configuration, YAML or JSON.")],
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Mark documents or paragraphs that were seen before, as attributes.
+
+    The configuration is Dolma's, with dedupe.method: bloom (the default), exact, or minhash.
+
+    ```
+    olmo-jax data dedupe dedupe.yaml
+    ```
+    """
+    from olmo_jax.curate.config import read_config
+    from olmo_jax.curate.dedupe import dedupe
+    from olmo_jax.curate.dedupe_config import DeduperConfig
+
+    settings = read_config(config, DeduperConfig)
+    workers = workers or settings.processes
+    counts = dedupe(settings, make_executor(executor, workers, retries))
+    what = "documents" if settings.dedupe.documents else "paragraphs"
+    print(
+        f"{counts['duplicates']:,} of {counts['units']:,} {what} marked in "
+        f"attributes/{settings.dedupe.name}/"
+    )
+
+
+def data_mix(
+    config: Annotated[str, Argument(help="A mixer configuration, YAML or JSON.")],
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Write the documents that filters keep, spans replaced, streams sampled by weight.
+
+    The configuration is Dolma's for its mixer, with a stream's `weight`.
+
+    ```
+    olmo-jax data mix mix.yaml
+    ```
+    """
+    from olmo_jax.curate.config import read_config
+    from olmo_jax.curate.mix import MixConfig, mix
+
+    settings = read_config(config, MixConfig)
+    workers = workers or settings.processes
+    for name, counts in mix(settings, make_executor(executor, workers, retries)).items():
+        print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+
+
+def data_decontaminate(
+    documents: Annotated[
+        list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet) in a folder documents/.")
+    ],
+    against: Annotated[
+        list[str], Option("--against", help="Evaluation sets, JSON lines or Parquet; repeatable.")
+    ],
+    index: Annotated[str, Option("--index", help="The index of n-grams to write, .npz.")],
+    experiment: Annotated[
+        str, Option("--experiment", help="Attributes go to attributes/EXPERIMENT/.")
+    ] = "contamination",
+    field: Annotated[
+        list[str] | None, Option("--field", help="Only this field of the sets; repeatable.")
+    ] = None,
+    ngram_length: Annotated[int, Option("--ngram_length", help="In words.")] = 13,
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Mark where documents hold n-grams of evaluation sets.
+
+    ```
+    olmo-jax data decontaminate 'a/documents/*.gz' --against='sets/*.jsonl' --index=sets.npz
+    ```
+    """
+    from olmo_jax.curate.config import parse_config
+    from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
+    from olmo_jax.curate.tag import tag
+
+    content = {"against": against, "fields": field or [], "ngram_length": ngram_length}
+    ngrams = write_index(parse_config(content, DecontaminateConfig, "decontaminate"), index)
+    spec = f"ngram_overlap:{os.path.abspath(index)}"
+    done = tag(documents, [spec], experiment, make_executor(executor, workers, retries))
+    print(f"{done:,} documents looked through for {ngrams:,} n-grams: attributes/{experiment}/")
+
+
+def data_build(
+    recipe: Annotated[str, Argument(help="A recipe, YAML.")],
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Tag, de-duplicate, decontaminate, mix and tokenize, with a data card.
+
+    The same command again goes on where it stopped. See docs/curate.md for recipes.
+
+    ```
+    olmo-jax data build recipe.yaml
+    ```
+    """
+    from olmo_jax.curate.build import build
+    from olmo_jax.curate.config import read_yaml
+
+    facts = build(read_yaml(recipe), recipe, make_executor(executor, workers, retries))
+    tokens = facts["tokens"]
+    for name, counts in facts["mix"].items():
+        print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    print(
+        f"{facts['recipe']['out']}/tokens: {tokens['tokens']:,} tokens of "
+        f"{tokens['documents']:,} documents; Data.eos_token_id = {tokens['eos_token_id']}; "
+        f"see {facts['recipe']['out']}/README.md"
+    )
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds them to `olmo-jax data`."""
+    for name, command in (
+        ("tag", data_tag),
+        ("taggers", data_taggers),
+        ("dedupe", data_dedupe),
+        ("decontaminate", data_decontaminate),
+        ("mix", data_mix),
+        ("build", data_build),
+    ):
+        app.command(name)(command)

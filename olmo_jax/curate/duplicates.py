@@ -1,0 +1,164 @@
+"""Which of the hashed documents and paragraphs were seen before: one pass over them, in order.
+
+Bloom filter (rbloom), a set of all hashes, or MinHash with locality-sensitive hashing. Hashing
+files and writing attributes is `dedupe`'s.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rbloom import Bloom
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from olmo_jax.curate.dedupe_config import BloomConfig, DedupeConfig, MinHashConfig
+from olmo_jax.curate.documents import writing
+from olmo_jax.errors import UserError
+
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+_PAIRS_AT_ONCE = 1 << 16
+_IsKnown = Callable[[np.ndarray], np.ndarray]
+"""Of the hashes of a file's items, (I, 2), which ones were seen before; all are then known."""
+
+
+class Keys(NamedTuple):
+    """What one file has to compare. An item is a document, a paragraph, or an n-gram."""
+
+    hashes_I2: np.ndarray
+    """xxh3-128 of each item, as two uint64; for MinHash the signatures, (documents, P) uint32."""
+    unit_I: np.ndarray
+    """Which document or paragraph an item belongs to."""
+    units_U4: np.ndarray
+    """Of each document or paragraph: line, start, end (characters; bytes of a document's key), and
+    whether its last item alone decides."""
+
+
+def load_keys(path: str) -> Keys:
+    with np.load(path) as content:
+        return Keys(*content.values())
+
+
+def decide(
+    keys: Sequence[str], marks: Sequence[str], settings: DedupeConfig, bloom: BloomConfig
+) -> None:
+    """Writes a score for each unit of each file: -1 for what is not marked. Raises UserError."""
+    filter_: Bloom | None = None
+    if settings.method == "minhash":
+        files = [load_keys(key) for key in keys]
+        first_U = near_duplicates(np.concatenate([f.hashes_I2 for f in files]), settings.minhash)
+        score_U = np.where(first_U == np.arange(len(first_U)), -1.0, 1.0)
+        ends = np.cumsum([len(f.units_U4) for f in files])
+        scores = np.split(score_U, ends[:-1])
+    else:
+        filter_ = _open_bloom(bloom) if settings.method == "bloom" else None
+        is_known = _exact() if filter_ is None else _in_bloom(filter_, bloom.read_only)
+        scores = [_scores(load_keys(key), is_known, settings) for key in keys]
+    # The filter is written before the marks: when they are there, it is.
+    if filter_ is not None and bloom.file and not bloom.read_only:
+        with writing(bloom.file) as file:
+            file.write(filter_.save_bytes())
+    for mark, score_U in zip(marks, scores, strict=True):
+        with writing(mark) as file:
+            np.save(file, score_U)
+
+
+def _scores(keys: Keys, is_known: _IsKnown, settings: DedupeConfig) -> np.ndarray:
+    """The share of each unit's items that were seen before."""
+    known_I = is_known(keys.hashes_I2)
+    n = len(keys.units_U4)
+    count_U = np.bincount(keys.unit_I, minlength=n)
+    share_U = np.bincount(keys.unit_I, weights=known_I, minlength=n) / np.maximum(count_U, 1)
+    whole_U = keys.units_U4[:, 3].astype(bool)
+    share_U[whole_U] = known_I[(np.cumsum(count_U) - 1)[whole_U]]
+    ngram = settings.paragraphs.by_ngram if settings.paragraphs else None
+    threshold = ngram.overlap_threshold if ngram and ngram.ngram_length else 1.0
+    return np.where((share_U >= threshold) & (count_U > 0), share_U, -1.0)
+
+
+def _exact() -> _IsKnown:
+    seen: set[bytes] = set()
+
+    def is_known(hashes_I2: np.ndarray) -> np.ndarray:
+        content = hashes_I2.tobytes()
+        known = np.zeros(len(hashes_I2), bool)
+        for i in range(len(known)):
+            if (digest := content[16 * i : 16 * i + 16]) in seen:
+                known[i] = True
+            else:
+                seen.add(digest)
+        return known
+
+    return is_known
+
+
+def _in_bloom(bloom: Bloom, read_only: bool) -> _IsKnown:
+    def is_known(hashes_I2: np.ndarray) -> np.ndarray:
+        numbers = hashes_I2[:, 0].view(np.int64).tolist()
+        if read_only:
+            return np.array([number in bloom for number in numbers], bool)
+        known = np.zeros(len(numbers), bool)
+        for i, number in enumerate(numbers):
+            if number in bloom:
+                known[i] = True
+            else:
+                bloom.add(number)
+        return known
+
+    return is_known
+
+
+def _open_bloom(config: BloomConfig) -> Bloom:
+    # The items are hashes already: `int` leaves them as they are.
+    if config.file and os.path.exists(config.file):
+        try:
+            return Bloom.load(config.file, int)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{config.file}: is no Bloom filter of this program: {e}") from None
+    if config.read_only:
+        raise UserError(f"{config.file}: no such Bloom filter; read_only needs one")
+    n, rate = config.estimated_doc_count, config.desired_false_positive_rate
+    if config.size_in_bytes:
+        rate = math.exp(-config.size_in_bytes * 8 * math.log(2) ** 2 / n)
+    return Bloom(n, min(max(rate, 1e-15), 0.5), int)
+
+
+def near_duplicates(signature_UP: np.ndarray, config: MinHashConfig) -> np.ndarray:
+    """For each document the first of its cluster, itself when there is none before it, (U,).
+
+    Documents are candidates where all values of a band of their signatures agree, and linked where
+    `config.similarity` of all values do; a cluster is what links connect.
+    """
+    n = len(signature_UP)
+    bands = np.array_split(signature_UP.astype(np.uint64), config.bands, axis=1)
+    pairs_C2 = np.unique(np.concatenate([_candidates(band) for band in bands]), axis=0)
+    alike_C = np.zeros(len(pairs_C2), bool)
+    for start in range(0, len(pairs_C2), _PAIRS_AT_ONCE):
+        a, b = pairs_C2[start : start + _PAIRS_AT_ONCE].T
+        equal = (signature_UP[a] == signature_UP[b]).mean(axis=1)
+        alike_C[start : start + _PAIRS_AT_ONCE] = equal >= config.similarity
+    a, b = pairs_C2[alike_C].T
+    links = coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n))
+    _, cluster_U = connected_components(links, directed=False)
+    _, first = np.unique(cluster_U, return_index=True)
+    return first[cluster_U]
+
+
+def _candidates(band_UR: np.ndarray) -> np.ndarray:
+    """Pairs of documents, (C, 2), that have the same values: each with the first that has them and
+    with the one before it."""
+    hash_U = np.zeros(len(band_UR), np.uint64)
+    for column in band_UR.T:
+        hash_U = (hash_U ^ column) * _PRIME
+        hash_U ^= hash_U >> np.uint64(29)
+    order = np.argsort(hash_U, kind="stable")
+    same = hash_U[order][1:] == hash_U[order][:-1]
+    place = np.arange(len(order))
+    place[1:][same] = 0
+    first = order[np.maximum.accumulate(place)]
+    later = order[1:][same]
+    return np.concatenate(
+        [np.stack([before, later], axis=1) for before in (order[:-1][same], first[1:][same])]
+    )
