@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer
 
-from olmo_jax.generate.decode import generate
+from olmo_jax.generate.engine import generate
 from olmo_jax.generate.sampling import Sampling
 from olmo_jax.model.transformer import Transformer
 
