@@ -18,7 +18,7 @@ from olmo_jax.generate.openai_schema import (
     error_body,
     usage,
 )
-from olmo_jax.generate.text_stream import TextStream
+from olmo_jax.generate.text import TextStream
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinities; what OpenAI gives for a token that cannot come
 
@@ -29,7 +29,7 @@ class Choice:
     def __init__(self, tokenizer: Tokenizer, request: Request, stops: Sequence[str], head: str):
         """head: text that goes before, an echo."""
         self._tokenizer, self._head, self._at = tokenizer, head, len(head)
-        self._stream = TextStream(tokenizer, stops)
+        self._stream = TextStream(tokenizer, request.prompt_ids, stops)
         self._logprobs = request.logprobs is not None
         self.tokens = 0
         self.finish: Literal["stop", "length"] | None = None
@@ -40,14 +40,14 @@ class Choice:
         at, scored = self._at, []
         for i, id in enumerate(event.token_ids):
             self.tokens += 1
-            text += self._stream.add(id)
+            text += self._stream.push([id])
             if event.logprobs is not None:
                 scored.append(self._scored(id, event.logprobs[i]))
                 self._at += len(scored[-1].text)
             if self._stream.stopped:
                 break
         if event.finish and not self._stream.stopped:
-            text += self._stream.end()
+            text += self._stream.push([], last=True)
         self.finish = "stop" if self._stream.stopped else event.finish
         return Piece(text, scored if self._logprobs else None, at, self.finish)
 

@@ -7,8 +7,9 @@ import socket
 
 import uvicorn
 
-from olmo_jax.convert.load import load, load_tokenizer
+from olmo_jax.convert.load import load
 from olmo_jax.errors import UserError
+from olmo_jax.generate.chat import load_text_files
 from olmo_jax.generate.driver import Driver
 from olmo_jax.generate.engine import Engine, Request
 from olmo_jax.generate.server import Server
@@ -65,16 +66,10 @@ def serve(
     if queue < 0:
         raise UserError(f"queue = {queue}: it must be 0 or more")
     listener = bound(host, port)  # before the model is loaded: it may take minutes
-    tokenizer, eos_id = load_tokenizer(path)
+    text = load_text_files(path)
     engine = Engine(load(path), slots=slots, max_length=max_length, int8=int8)
     _warm_up(engine)
-    server = Server(
-        path.rstrip("/"),
-        Driver(engine, slots + queue),
-        tokenizer,
-        () if eos_id is None else (eos_id,),
-        None,
-    )
+    server = Server(path.rstrip("/"), Driver(engine, slots + queue), text)
     # uvicorn sends itself the signal that ended it, once it has put back what was set before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

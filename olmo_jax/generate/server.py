@@ -7,7 +7,7 @@ answers of what comes.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -17,11 +17,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from tokenizers import Tokenizer
 
 from olmo_jax.errors import UserError
 from olmo_jax.generate import engine
 from olmo_jax.generate.answers import Answer, Choice
+from olmo_jax.generate.chat import TextFiles
 from olmo_jax.generate.driver import Driver, Failed, Full
 from olmo_jax.generate.metrics import Metrics
 from olmo_jax.generate.openai_schema import Asked, ChatRequest, CompletionRequest
@@ -49,14 +49,9 @@ class Server:
         self,
         name: str,
         driver: Driver,
-        tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
-        chat: Callable[[list[dict[str, str]]], list[int]] | None,
+        text: TextFiles,
     ):
-        """chat: a conversation's ids, up to where the model answers; None: it has no template."""
-        self.name, self.driver, self.tokenizer = name, driver, tokenizer
-        self.eos_ids, self.chat = tuple(eos_ids), chat
-        self._eos_id = self.eos_ids[0] if self.eos_ids else None
+        self.name, self.driver, self.text = name, driver, text
         self.metrics = Metrics(driver)
         self.leaving = False
         self.on_failure: Callable[[], None] = lambda: None
@@ -119,7 +114,7 @@ class Server:
             "created": self._started,
             "owned_by": "olmo_jax",
             "max_model_len": self.driver.engine.max_length,
-            "chat": self.chat is not None,
+            "chat": self.text.chat_template is not None,
         }
 
     def _unknown(self, name: str) -> ApiError:
@@ -163,7 +158,7 @@ class Server:
             message = f"{self.driver.open} texts are being made or wait: try again later"
             raise ApiError(429, message, code="queue_full") from None
         choices = [
-            Choice(self.tokenizer, request, asked.stops, head)
+            Choice(self.text.tokenizer, request, asked.stops, head)
             for request, head in zip(requests, heads, strict=True)
         ]
         answer = Answer(
@@ -205,17 +200,18 @@ class Server:
             asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty
         )
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        tokenizer = self.text.tokenizer
         requests, heads = [], []
         for prompt in prompts:
             text, ids = prompt, prompt
             if isinstance(prompt, str):
-                ids = encode_prompt(self.tokenizer, prompt, self._eos_id)
+                ids = encode_prompt(tokenizer, prompt, next(iter(self.text.eos_ids), None))
             elif echo:
-                text = self.tokenizer.decode(prompt, skip_special_tokens=False)
+                text = tokenizer.decode(prompt, skip_special_tokens=False)
             tokens = self._max_tokens(len(ids), most, default, field)
             for _ in range(asked.n):
                 one = engine.Request(
-                    tuple(ids), tokens, sampling, seed + len(requests), self.eos_ids, logprobs
+                    tuple(ids), tokens, sampling, seed + len(requests), self.text.eos_ids, logprobs
                 )
                 try:
                     self.driver.engine.check(one)
@@ -226,10 +222,13 @@ class Server:
         return requests, heads
 
     def _conversation(self, asked: ChatRequest) -> list[int]:
-        if self.chat is None:
+        if self.text.chat_template is None:
             message = f"{self.name} has no chat template: ask /v1/completions"
             raise ApiError(400, message, "model")
-        return self.chat([message.plain() for message in asked.messages])
+        try:
+            return self.text.chat_ids([message.plain() for message in asked.messages])
+        except UserError as error:  # a template may ask for turns in turn, for one
+            raise ApiError(400, str(error), "messages") from None
 
     def _max_tokens(self, n: int, most: int | None, default: int | None, field: str) -> int:
         """What a prompt of n tokens may be followed by: `most`, or if none up to the context's end

@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from tiny_server import CONFIG, serving, tiny_tokenizer
+from tiny_server import CONFIG, serving, tiny_text
 
 from olmo_jax.generate.driver import Driver
 from olmo_jax.generate.engine import Engine
@@ -55,13 +55,8 @@ def engine():
 
 @pytest.fixture(scope="module", params=["base", "chat"])
 def server(request, engine, tmp_path_factory):
-    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-    def chat(messages):
-        return tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids
-
-    template = chat if request.param == "chat" else None
-    server = Server("org/tiny <b>", Driver(engine, 8), tokenizer, (), template)
+    text = tiny_text(tmp_path_factory.mktemp("text"), (), chat=request.param == "chat")
+    server = Server("org/tiny <b>", Driver(engine, 8), text)
     with serving(server) as address:
         yield server, address
 
@@ -116,18 +111,18 @@ def idle(page):
 
 def test_a_text_goes_on_and_can_be_taken_back(server, page):
     served, _ = server
-    if served.chat:
+    if served.text.chat_template:
         find(page, "to-write").click()
     text = find(page, "text")
     text.send_keys("creeps in")
     settings(page, temperature=0, max_tokens=20)
     find(page, "go").click()
     until(lambda: idle(page) and "20 tokens" in find(page, "status").text)
-    ids = served.tokenizer.encode("creeps in", add_special_tokens=False).ids
+    ids = served.text.tokenizer.encode("creeps in", add_special_tokens=False).ids
     from olmo_jax.generate.engine import Request, generate_batch
 
     [done] = generate_batch(init(CONFIG), [Request(tuple(ids), 20)])
-    more = served.tokenizer.decode(done.token_ids, skip_special_tokens=False)
+    more = served.text.tokenizer.decode(done.token_ids, skip_special_tokens=False)
     value = text.get_property("value")
     assert value == "creeps in" + more.replace("\r\n", "\n").replace("\r", "\n")
     mark = page.find_element("css selector", "mark")
@@ -138,7 +133,7 @@ def test_a_text_goes_on_and_can_be_taken_back(server, page):
 
 def test_stop_ends_it_here_and_in_the_engine(server, page, engine):
     served, _ = server
-    if served.chat:
+    if served.text.chat_template:
         find(page, "to-write").click()
     find(page, "text").send_keys("a")
     settings(page, max_tokens=60)
@@ -155,7 +150,7 @@ def test_stop_ends_it_here_and_in_the_engine(server, page, engine):
 
 def test_an_error_is_told(server, page):
     served, _ = server
-    if served.chat:
+    if served.text.chat_template:
         find(page, "to-write").click()
     find(page, "text").send_keys("a")
     settings(page, max_tokens=1000)
@@ -167,7 +162,7 @@ def test_an_error_is_told(server, page):
 
 def test_a_conversation_is_shown_as_text(server, page):
     served, _ = server
-    if not served.chat:
+    if not served.text.chat_template:
         assert not find(page, "tabs").is_displayed()
         return
     settings(page, temperature=0, max_tokens=10)

@@ -14,8 +14,9 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_server import CONFIG, serving, tiny_tokenizer
+from tiny_server import CONFIG, serving, tiny_text
 
+from olmo_jax.generate.chat import TextFiles
 from olmo_jax.generate.driver import Driver
 from olmo_jax.generate.engine import Completion, Engine, Request
 from olmo_jax.generate.openai_schema import IGNORED, NEUTRAL, ChatRequest, CompletionRequest
@@ -34,23 +35,19 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+def text(tmp_path_factory):
+    return tiny_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
-def chat(tokenizer):
-    def ids(messages):
-        text = "".join(f"[{m['role']}]{m['content']}\n" for m in messages) + "[assistant]"
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    return ids
+def tokenizer(text):
+    return text.tokenizer
 
 
 @pytest.fixture(scope="module")
-def address(model, tokenizer, chat):
+def address(model, text):
     driver = Driver(Engine(model, slots=SLOTS), SLOTS + QUEUE)
-    with serving(Server("org/tiny", driver, tokenizer, (0,), chat)) as address:
+    with serving(Server("org/tiny", driver, text)) as address:
         yield address
         assert driver.open == 0 and not driver.engine.busy  # whatever the tests did
         assert driver.failure is None
@@ -102,7 +99,8 @@ def expected(model, tokenizer, ids, tokens, sampling=GREEDY, seed=0, **more):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def test_two_hundred_requests_at_once_give_what_each_gives_alone(model, tokenizer, chat, client):
+def test_two_hundred_requests_at_once_give_what_each_gives_alone(model, text, client):
+    tokenizer = text.tokenizer
     sampled = Sampling(temperature=0.7, top_p=0.9)
 
     def ask(i):
@@ -130,7 +128,7 @@ def test_two_hundred_requests_at_once_give_what_each_gives_alone(model, tokenize
         prompt = PROMPTS[i % 5]
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [0]
-        ids = tuple(chat(messages) if i % 4 == 3 else ids)
+        ids = tuple(text.chat_ids(messages) if i % 4 == 3 else ids)
         sampling = sampled if i % 2 else Sampling(temperature=0, top_p=0.9)
         requests.append(Request(ids, 5 + i % 16, sampling, i, (0,)))
     alone = [
@@ -171,7 +169,8 @@ def test_a_stop_string_ends_the_text_before_it(model, tokenizer, client):
     assert stream[-1].choices[0].finish_reason == "stop"
 
 
-def test_logprobs_are_the_engines_in_both_forms(model, tokenizer, chat, client):
+def test_logprobs_are_the_engines_in_both_forms(model, text, client):
+    tokenizer = text.tokenizer
     ask = {"model": "org/tiny", "max_tokens": 9, "temperature": 0}
     ids = tokenizer.encode("a", add_special_tokens=False).ids
     *_, scores = expected(model, tokenizer, ids, 9, logprobs=2)
@@ -179,7 +178,7 @@ def test_logprobs_are_the_engines_in_both_forms(model, tokenizer, chat, client):
     assert made.token_logprobs == pytest.approx([s.logprob for s in scores], abs=1e-5)
     assert all(len(top) <= 2 for top in made.top_logprobs)
     messages = [{"role": "user", "content": "a"}]
-    *_, scores = expected(model, tokenizer, chat(messages), 9, logprobs=3)
+    *_, scores = expected(model, tokenizer, text.chat_ids(messages), 9, logprobs=3)
     ask |= {"messages": messages, "logprobs": True, "top_logprobs": 3}
     for stream in False, True:
         made = client.chat.completions.create(stream=stream, **ask)
@@ -259,6 +258,7 @@ BAD = [
     (TALK | {"messages": [{"role": "cook", "content": "a"}]}, 400, "messages.0.role = 'cook'"),
     (TALK | {"messages": [{"role": "user"}]}, 400, "messages.0.content is missing"),
     (TALK | {"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content = 5"),
+    (TALK | {"messages": [{"role": "assistant", "content": "a"}]}, 400, "whose turn?"),
     (TALK | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
     (TALK | {"top_logprobs": 2}, 400, "logprobs is not true"),
     (TALK | {"messages": [{"role": "user", "content": "a" * 900}]}, 400, "the messages of 9"),
@@ -389,7 +389,7 @@ def stepped(model, tokenizer):
     """A server with one place in the queue, whose engine waits for the test."""
     engine = Stepped(model, slots=SLOTS)
     driver = Driver(engine, SLOTS + 1)
-    server = Server("org/tiny", driver, tokenizer, (), None)
+    server = Server("org/tiny", driver, TextFiles(tokenizer, (), None))
     with serving(server) as address:
         yield server, address
         engine.may.release(1000)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny_server import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from olmo_jax.generate.text_stream import TextStream
+from olmo_jax.generate.text import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def sentencepiece() -> Tokenizer:
 
 
 def streamed(tokenizer, ids, stops) -> tuple[list[str], TextStream]:
-    stream, pieces = TextStream(tokenizer, stops), []
+    stream, pieces = TextStream(tokenizer, [], stops), []
     for i in ids:
-        pieces.append(stream.add(i))
+        pieces.append(stream.push([i]))
         if stream.stopped:
             break
     else:
-        pieces.append(stream.end())
+        pieces.append(stream.push([], last=True))
     return pieces, stream
 
 
@@ -91,3 +91,14 @@ def test_a_token_with_more_after_the_stop_string_is_cut(byte_level):
     assert len(ids) < 5
     pieces, stream = streamed(byte_level, ids, ["mo"])
     assert "".join(pieces) == "to-" and stream.stopped
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 299), max_size=12), st.lists(st.integers(0, 299), max_size=40))
+def test_any_ids_may_stand_before(byte_level, prompt, ids):
+    """Half a character, for one."""
+    stream = TextStream(byte_level, prompt)
+    text = "".join(stream.push([i]) for i in ids) + stream.push([], last=True)
+    whole = byte_level.decode(prompt + ids, skip_special_tokens=False)
+    clean = text.replace("\N{REPLACEMENT CHARACTER}", "")
+    assert clean in whole.replace("\N{REPLACEMENT CHARACTER}", "")

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from olmo_jax.checkpoint import CheckpointConfig, Checkpointer
 from olmo_jax.data.tokenizer import train_tokenizer
+from olmo_jax.generate.chat import ChatTemplate, TextFiles
 from olmo_jax.generate.serve import WebServer, bound
 from olmo_jax.generate.server import Server
 from olmo_jax.model.config import ModelConfig
@@ -30,6 +31,15 @@ def tiny_tokenizer(folder: Path) -> Tokenizer:
     text = "né ñandú 漢字 🙂 To-morrow, and to-morrow, and to-morrow, creeps in this petty pace. "
     (folder / "text.jsonl").write_text(f'{{"id": "a", "text": "{text * 20}"}}\n')
     return train_tokenizer([str(folder / "text.jsonl")], folder / "tokenizer.json", 300)
+
+
+TEMPLATE = """{% for m in messages %}[{{ m.role }}]{{ m.content }}
+{% endfor %}{% if messages[-1].role != "user" %}{{ raise_exception("whose turn?") }}{% endif %}
+{% if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+def tiny_text(folder: Path, eos_ids=(0,), chat: bool = True) -> TextFiles:
+    return TextFiles(tiny_tokenizer(folder), eos_ids, ChatTemplate(TEMPLATE, {}) if chat else None)
 
 
 def tiny_run(folder: Path) -> Path:
