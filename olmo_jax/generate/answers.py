@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -99,7 +99,7 @@ class Answer:
         name = "text_completion" if self.kind == "completion" else "chat.completion"
         return self._head | {"object": name, "choices": choices, "usage": self._usage()}
 
-    async def chunks(self, include_usage: bool) -> AsyncIterator[str]:
+    async def chunks(self, include_usage: bool) -> AsyncGenerator[str, None]:
         """The answer as server-sent events. An error after the first is an event, too."""
         name = "text_completion" if self.kind == "completion" else "chat.completion.chunk"
         head = self._head | {"object": name} | ({"usage": None} if include_usage else {})

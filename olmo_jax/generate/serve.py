@@ -67,13 +67,16 @@ def serve(
         raise UserError(f"queue = {queue}: it must be 0 or more")
     listener = bound(host, port)  # before the model is loaded: it may take minutes
     text = load_text_files(path)
-    engine = Engine(load(path), slots=slots, max_length=max_length, int8=int8)
+    engine = Engine(
+        load(path), slots=slots, max_length=max_length, **{"int8": True} if int8 else {}
+    )
     _warm_up(engine)
     server = Server(path.rstrip("/"), Driver(engine, slots + queue), text)
     # uvicorn sends itself the signal that ended it, once it has put back what was set before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _allow_files(CONNECTIONS + 256)
+    listener.listen(CONNECTIONS)  # whoever reads the line may come
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     print(
         f"serving {server.name} at {address} ({slots} slots, at most {engine.max_length} tokens "
@@ -87,6 +90,8 @@ def serve(
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket that has the port, and does not listen yet."""
+    if not 0 <= port < 2**16:  # or the system takes what is left of it
+        raise UserError(f"port = {port}: it must be from 0 (any that is free) to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -7,7 +7,7 @@ answers of what comes.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -184,6 +184,7 @@ class Server:
 
     def _requests(self, asked: Asked) -> tuple[list[engine.Request], list[str]]:
         """The engine's requests, n for each prompt, and the text that goes before each answer."""
+        prompts: Sequence[str | list[int]]
         if isinstance(asked, ChatRequest):
             prompts, field = [self._conversation(asked)], "messages"
             most, default = asked.max_completion_tokens or asked.max_tokens, None
@@ -200,14 +201,10 @@ class Server:
             asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty
         )
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
-        tokenizer = self.text.tokenizer
-        requests, heads = [], []
+        requests: list[engine.Request] = []
+        heads = []
         for prompt in prompts:
-            text, ids = prompt, prompt
-            if isinstance(prompt, str):
-                ids = encode_prompt(tokenizer, prompt, next(iter(self.text.eos_ids), None))
-            elif echo:
-                text = tokenizer.decode(prompt, skip_special_tokens=False)
+            ids = self._ids(prompt) if isinstance(prompt, str) else prompt
             tokens = self._max_tokens(len(ids), most, default, field)
             for _ in range(asked.n):
                 one = engine.Request(
@@ -218,8 +215,17 @@ class Server:
                 except UserError as error:
                     raise ApiError(400, str(error), field) from None
                 requests.append(one)
-                heads.append(text if echo else "")
+            head = ""
+            if echo:
+                head = (
+                    prompt if isinstance(prompt, str) else self.text.tokenizer.decode(prompt, False)
+                )
+            heads += [head] * asked.n
         return requests, heads
+
+    def _ids(self, prompt: str) -> list[int]:
+        eos_id = self.text.eos_ids[0] if self.text.eos_ids else None
+        return encode_prompt(self.text.tokenizer, prompt, eos_id)
 
     def _conversation(self, asked: ChatRequest) -> list[int]:
         if self.text.chat_template is None:
