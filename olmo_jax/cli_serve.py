@@ -2,17 +2,13 @@
 
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
+
+from olmo_jax.cli_generate import Model
 
 
 def serve(
-    model: Annotated[
-        str,
-        Argument(
-            help="A run folder, one of its checkpoints, or any folder, hub id or address that "
-            "convert reads."
-        ),
-    ],
+    model: Model,
     host: Annotated[
         str, Option("--host", help="Where to listen; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
