@@ -4,8 +4,12 @@ import asyncio
 import resource
 import signal
 import socket
+import time
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from olmo_jax.convert.load import load
 from olmo_jax.errors import UserError
@@ -16,6 +20,7 @@ from olmo_jax.generate.server import Server
 
 LOCAL, LOCAL_NAMES = ("127.0.0.1", "::1", "localhost"), ["127.0.0.1", "[::1]", "localhost"]
 CONNECTIONS = 2048
+SILENT_SECONDS = 30
 # Seconds that clients have to take what is ready for them, when the server leaves.
 _LAST_SECONDS = 10
 
@@ -27,18 +32,31 @@ class WebServer(uvicorn.Server):
         names = LOCAL_NAMES if host in LOCAL else None
         config = uvicorn.Config(
             server.app(names),
-            log_level="warning",
+            log_level="error",  # what strangers send is no news
             access_log=False,
             server_header=False,
+            http="h11",
             ws="none",
             limit_concurrency=CONNECTIONS,
         )
         super().__init__(config)
         self._server = server
+        self._silent_since = WeakKeyDictionary[H11Protocol, float]()
         server.on_failure = self.leave
 
     def leave(self) -> None:
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second. Closes connections that have not brought a request: uvicorn itself
+        has patience without end with them, and so many would keep all others out."""
+        if counter % 10 == 0:
+            now = time.monotonic()
+            for connection in cast(list[H11Protocol], list(self.server_state.connections)):
+                since = self._silent_since.setdefault(connection, now)
+                if connection.cycle is None and now - since > SILENT_SECONDS:
+                    connection.transport.close()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._server.leaving = True
@@ -70,7 +88,7 @@ def serve(
     engine = Engine(
         load(path), slots=slots, max_length=max_length, **{"int8": True} if int8 else {}
     )
-    _warm_up(engine)
+    _warm_up(engine, slots)
     server = Server(path.rstrip("/"), Driver(engine, slots + queue), text)
     # uvicorn sends itself the signal that ended it, once it has put back what was set before.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,9 +125,10 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _warm_up(engine: Engine) -> None:
-    """Compiles what the first request would wait for, and finds out whether it all fits."""
-    engine.submit(Request((0,), min(16, engine.max_length - 1)))
+def _warm_up(engine: Engine, slots: int) -> None:
+    """Compiles what the first requests would wait for, and finds out whether it all fits."""
+    for _ in range(slots + 5):  # filled in together: many, four, and one
+        engine.submit(Request((0,), min(16, engine.max_length - 1)))
     while engine.busy:
         engine.step()
     engine.tokens = engine.prompt_tokens = 0

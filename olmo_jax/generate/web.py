@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from olmo_jax.generate.openai_schema import error_body, fault
 
-BODY_BYTES = 4 * 2**20  # 65,536 tokens of text are about 0.3 MB
+BODY_BYTES = 2 * 2**20  # 65,536 tokens of text are about 0.3 MB
 BODY_SECONDS = 30
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_server import CONFIG, serving, tiny_text
 
+from olmo_jax.generate import serve
 from olmo_jax.generate.chat import TextFiles
 from olmo_jax.generate.driver import Driver
 from olmo_jax.generate.engine import Completion, Engine, Request
@@ -438,6 +439,18 @@ def test_a_client_that_does_not_read_holds_up_nobody(stepped):
     until(lambda: server.driver.open == 0)
     assert post(address, GOOD)[0] == 200
     slow.close()
+
+
+def test_connections_that_bring_nothing_are_closed(stepped, monkeypatch):
+    """Or whoever opens enough of them would keep all others out."""
+    monkeypatch.setattr(serve, "SILENT_SECONDS", 0.5)
+    host, port = urlsplit(stepped[1]).netloc.split(":")
+    silent, slow = (socket.create_connection((host, int(port)), timeout=60) for _ in range(2))
+    slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+    busy = opened(stepped[1])
+    assert silent.recv(10) == slow.recv(10) == b""
+    stepped[0].driver.engine.may.release(1000)
+    assert busy.recv(15).startswith(b"HTTP/1.1 200")
 
 
 def test_leaving_finishes_what_was_accepted_and_refuses_more(stepped, model, tokenizer):
