@@ -8,7 +8,8 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from olmo_jax.generate.driver import Job
+from olmo_jax.errors import UserError
+from olmo_jax.generate.driver import Failed, Job
 from olmo_jax.generate.engine import Event, Logprob, Request
 from olmo_jax.generate.openai_schema import (
     Piece,
@@ -112,7 +113,7 @@ class Answer:
                 if piece.text or piece.tokens or piece.finish:
                     choice = self._form(i, piece, streamed=True, first=False)
                     yield _event(head | {"choices": [choice]})
-        except Exception as error:
+        except (Failed, UserError) as error:
             yield _event(error_body(str(error), "server_error", None, None))
             return
         if include_usage:
@@ -140,5 +141,5 @@ class Answer:
 
 
 def _event(content: dict) -> str:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n"
+    # In ASCII: some clients end a line at any of Unicode's line ends.
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"

@@ -7,6 +7,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from olmo_jax.generate.engine import Engine, Event, Request
@@ -17,7 +18,10 @@ class Full(Exception):
 
 
 class Failed(Exception):
-    """The engine's thread has ended by an error; no request gets any more."""
+    """The engine has ended by an error; no request gets any more."""
+
+    def __init__(self):
+        super().__init__("the model has failed: see the server's messages")
 
 
 class Job:
@@ -88,7 +92,7 @@ class Driver:
     def begin(self, requests: Sequence[Request]) -> Job:
         """Puts requests in line. Raises Full or Failed."""
         if self.failure is not None:
-            raise Failed
+            raise Failed()
         if self.open + len(requests) > self.most:
             raise Full
         self.open += len(requests)
@@ -102,9 +106,11 @@ class Driver:
 
     def submit(self, job: Job, i: int, request: Request) -> None:
         try:
+            if self.failure is not None:
+                raise Failed()
             id = self.engine.submit(request)
         except Exception as error:
-            self._loop.call_soon_threadsafe(job.put, error)
+            self._tell(job.put, error)
             return
         self._jobs[id] = job, i
         self._ids[job, i] = id
@@ -125,12 +131,19 @@ class Driver:
                 for job, i, event in events:
                     if event.finish:
                         del self._jobs[event.id], self._ids[job, i]
-                self._loop.call_soon_threadsafe(_deliver, events)
+                self._tell(_deliver, events)
         except BaseException as error:
             self.failure = error
             for job in {job for job, _ in self._jobs.values()}:
-                self._loop.call_soon_threadsafe(job.put, Failed())
-            self._loop.call_soon_threadsafe(self._on_failure)
+                self._tell(job.put, Failed())
+            self._tell(self._on_failure)
+            while (command := self._commands.get()) is not None:
+                command()
+
+    def _tell(self, call: Callable[..., None], *arguments: object) -> None:
+        """Has the event loop call it."""
+        with suppress(RuntimeError):  # it has ended: whoever pressed Ctrl-C twice did not wait
+            self._loop.call_soon_threadsafe(call, *arguments)
 
 
 def _deliver(events: list[tuple[Job, int, Event]]) -> None:

@@ -101,7 +101,10 @@ def serve(
         f"each); the OpenAI API is at {address}/v1; Ctrl-C finishes what runs",
         flush=True,
     )
-    WebServer(server, host).run(sockets=[listener])
+    web = WebServer(server, host)
+    web.run(sockets=[listener])
+    if web.force_exit:  # Ctrl-C, and again
+        raise KeyboardInterrupt
     if server.driver.failure is not None:
         raise server.driver.failure
 

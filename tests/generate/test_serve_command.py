@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from tiny_server import tiny_run
@@ -96,6 +97,18 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert rows["olmo_jax_running"] == rows["olmo_jax_waiting"] == "0.0"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_who_presses_ctrl_c_twice_does_not_wait(run):
+    process, port = start(run, "--slots=1")
+    response = ask(port, model=str(run), max_tokens=50, n=128, stream=True)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "")
+    assert b"[DONE]" not in response.read()
 
 
 @pytest.mark.parametrize(
