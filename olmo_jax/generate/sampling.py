@@ -118,6 +118,7 @@ def _cut(logits_BV: jax.Array, rows: SamplingRows) -> jax.Array:
     top_p_B1 = rows.top_p_B[:, None]
     # What came before may add up to 1 by rounding, before the last of them.
     within_BV = (before_BV < top_p_B1) | (top_p_B1 >= 1)
+    within_BV &= falling_BV > -jnp.inf
     within_BV &= probability_BV >= rows.min_p_B[:, None] * probability_BV[:, :1]
     least_B1 = jnp.min(jnp.where(within_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

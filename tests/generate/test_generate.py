@@ -78,9 +78,7 @@ VARIANTS = {
 PROMPT = [5, 17, 3, 99, 2]
 
 
-@functools.cache
-def model_of(variant: str) -> Transformer:
-    return init(VARIANTS[variant])
+model_of = functools.cache(init)
 
 
 def uncached(model: Transformer, prompt: tuple[int, ...], n: int) -> list[int]:
@@ -105,7 +103,7 @@ def ragged(model: Transformer, *lengths: tuple[int, int], **options) -> list[Req
 def test_batched_ragged_cached_decoding_is_one_by_one_without_a_cache(variant):
     """Five requests in three slots: some wait, and take a slot that another has left; the longest
     are far past the windows of 5, of which prompts fill rings whole and in part."""
-    model = model_of(variant)
+    model = model_of(VARIANTS[variant])
     requests = ragged(model, (5, 55), (14, 20), (1, 3), (16, 48), (3, 33))
     for request, completion in zip(requests, generate_batch(model, requests, slots=3), strict=True):
         assert completion.token_ids == uncached(model, request.prompt_ids, request.max_tokens)
@@ -117,7 +115,7 @@ def test_a_cache_grows_with_its_texts(monkeypatch):
     for name, value in (("_SMALLEST", 8), ("_AHEAD", 1)):
         monkeypatch.setattr(f"olmo_jax.generate.engine.{name}", value)
     model = init(dataclasses.replace(TINY, window_pattern=(12, 0)))
-    requests = ragged(model, (3, 20), (9, 50), (30, 9))
+    requests = ragged(model, (3, 20), (9, 50), (15, 9))
     engine, lengths = Engine(model, slots=2), set()
     texts: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
     while engine.busy:
@@ -130,7 +128,7 @@ def test_a_cache_grows_with_its_texts(monkeypatch):
 
 
 def test_transformers_generates_the_same(tmp_path):
-    model = init(TINY)
+    model = model_of(TINY)
     config = {"Model": dataclasses.asdict(TINY), "Data": {}}
     (tmp_path / "checkpoints").mkdir()
     with Checkpointer(tmp_path / "checkpoints", CheckpointConfig()) as checkpointer:
@@ -142,7 +140,7 @@ def test_transformers_generates_the_same(tmp_path):
 
 
 def test_decoding_ends_before_the_eos():
-    model = init(TINY)
+    model = model_of(TINY)
     ids = list(generate(model, PROMPT, 50))
     eos = ids[20]
     assert list(generate(model, PROMPT, 50, eos_id=eos)) == ids[: ids.index(eos)]
@@ -150,12 +148,68 @@ def test_decoding_ends_before_the_eos():
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6)])
 def test_cutting_to_one_token_is_greedy(sampling):
-    model = init(TINY)
+    model = model_of(TINY)
     assert list(generate(model, PROMPT, 30, sampling)) == list(generate(model, PROMPT, 30))
 
 
+MIXED = (
+    Sampling(),
+    Sampling(1.3, top_k=20),
+    Sampling(0.7, top_p=0.9, repetition_penalty=1.3),
+    Sampling(1.0, min_p=0.05),
+    Sampling(repetition_penalty=1.2),
+)
+
+
+def test_a_text_does_not_depend_on_what_runs_beside_it():
+    """Different choices, seeds and lengths share the slots; each text is that of its request alone,
+    and so are its log-probabilities, which are the plain forward pass's."""
+    model = model_of(TINY)
+    plain = ragged(model, (5, 30), (14, 20), (1, 13), (16, 28), (3, 33))
+    requests = [
+        dataclasses.replace(request, sampling=sampling, seed=i, logprobs=3 if i % 2 else None)
+        for i, (request, sampling) in enumerate(zip(plain, MIXED, strict=True))
+    ]
+    for request, together in zip(requests, generate_batch(model, requests, slots=3), strict=True):
+        (alone,) = generate_batch(model, [request])
+        assert together.token_ids == alone.token_ids
+        if request.logprobs is None:
+            assert together.logprobs == []
+            continue
+        row, n = np.zeros((1, TINY.context_length), np.int32), len(request.prompt_ids)
+        row[0, : n + request.max_tokens] = [*request.prompt_ids, *together.token_ids]
+        expected = jax.nn.log_softmax(forward(model, row)[0])[n - 1 :]
+        assert len(together.logprobs) == len(together.token_ids)
+        for at, found in enumerate(together.logprobs):
+            token = together.token_ids[at]
+            assert found.logprob == pytest.approx(expected[at, token], abs=1e-4)
+            assert [i for i, _ in found.top] == np.argsort(-expected[at])[:3].tolist()
+
+
+def test_a_cancelled_request_frees_its_slot():
+    model = model_of(TINY)
+    requests = ragged(model, (5, 50), (14, 20), (1, 13), (16, 28), (3, 33))
+    engine = Engine(model, slots=3)
+    ids = [engine.submit(request) for request in requests]
+    assert (engine.waiting, engine.running) == (5, 0)
+    texts: dict[int, list[int]] = {id: [] for id in ids}
+    texts |= {event.id: event.token_ids for event in engine.step()}
+    assert (engine.waiting, engine.running) == (2, 3)
+    for id in (0, 3, 0):  # one that runs, one that waits, one that is no more
+        engine.cancel(id)
+    assert (engine.waiting, engine.running) == (1, 2)
+    while engine.busy:
+        for event in engine.step():
+            texts[event.id] += event.token_ids
+    assert not texts[3] and len(texts[0]) < 50
+    for id in (1, 2, 4):
+        assert texts[id] == uncached(model, requests[id].prompt_ids, requests[id].max_tokens)
+    assert engine.tokens == sum(map(len, texts.values()))
+    assert engine.prompt_tokens == 5 + 14 + 1 + 3
+
+
 def test_the_seed_decides_the_text():
-    model, sampling = init(TINY), Sampling(1.0)
+    model, sampling = model_of(TINY), Sampling(1.0)
     a, again, b = (list(generate(model, PROMPT, 30, sampling, seed=s)) for s in (1, 1, 2))
     assert a == again != b
 
@@ -166,18 +220,23 @@ def test_the_seed_decides_the_text():
         (Sampling(1.0), 6),
         (Sampling(0.5), 6),
         (Sampling(1.0, top_k=3), 3),
-        (Sampling(1.0, top_p=0.8), 3),  # 0.5 and 0.3 do not quite reach it in float32
+        (Sampling(1.0, top_p=0.8), 3),  # 0.5 and 0.29 do not reach it
+        (Sampling(1.0, top_k=3, top_p=0.89), 3),  # of what top_k leaves, two have 0.888
+        (Sampling(1.0, min_p=0.15), 3),
+        (Sampling(1.0, repetition_penalty=1.5), 6),
     ],
 )
 def test_frequencies_are_the_softmax_of_what_is_kept(sampling, kept):
     probabilities = np.array([0.05, 0.5, 0.04, 0.29, 0.02, 0.1])
-    weights = probabilities ** (1 / sampling.temperature)
-    weights[np.argsort(-probabilities)[kept:]] = 0
+    penalty = np.where(np.arange(6) == 1, sampling.repetition_penalty, 1)
+    weights = probabilities ** (penalty / sampling.temperature)  # logits below 0 are multiplied
+    weights[np.argsort(-weights)[kept:]] = 0
     expected = weights / weights.sum()
     n = 20_000
-    logits = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32)), (n, 1))
+    logits_V1 = jnp.log(jnp.asarray(probabilities, jnp.float32))[:, None]
     rows = SamplingRows.of([(sampling, seed) for seed in range(n)])
-    draws = sample(logits, rows, jnp.zeros(logits.shape, bool), jnp.full(n, 7))
+    seen_BV = jnp.zeros((n, 6), bool).at[:, 1].set(True)
+    draws = sample(jnp.tile(logits_V1, n), rows, seen_BV, jnp.full(n, 7))
     got = np.bincount(draws, minlength=6) / n
     assert np.all(got[expected == 0] == 0)
     deviation = np.sqrt(expected * (1 - expected) / n)
@@ -259,7 +318,7 @@ def test_text_ends_at_the_models_own_eos_and_not_at_the_tokenizers(tokenizer):
 )
 def test_bad_requests_are_refused(prompt, max_tokens, words):
     with pytest.raises(UserError, match=words):
-        generate(init(TINY), prompt, max_tokens)
+        generate(model_of(TINY), prompt, max_tokens)
 
 
 @pytest.mark.parametrize("values", [(-1.0, None, 1.0), (1.0, 0, 1.0), (1.0, None, 0.0)])
