@@ -43,18 +43,17 @@ def ask(port: int, model: str, prompt: list[int], tokens: int) -> int:
     return json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]
 
 
-def measure(port: int, model: str, clients: int, context: int) -> float:
-    """Tokens a second of all clients together."""
-    n = min(64, context // 4)
+def measure(port: int, model: str, clients: int, n: int, tokens: int) -> float:
+    """Tokens a second of all clients together; prompts of n tokens, answers of `tokens`."""
 
     def client(i: int) -> int:
         prompts = [[(7 * i + 31 * r + k) % 97 + 1 for k in range(n)] for r in range(REQUESTS)]
-        return sum(ask(port, model, prompt, 2 * n) for prompt in prompts)
+        return sum(ask(port, model, prompt, tokens) for prompt in prompts)
 
     with ThreadPoolExecutor(clients) as pool:
         start = time.perf_counter()
-        tokens = sum(pool.map(client, range(clients)))
-        return tokens / (time.perf_counter() - start)
+        made = sum(pool.map(client, range(clients)))
+        return made / (time.perf_counter() - start)
 
 
 def serve(shape: str, rounds: int) -> dict:
@@ -62,7 +61,7 @@ def serve(shape: str, rounds: int) -> dict:
     from benchmarks.__main__ import worker
 
     figures: dict[int, list[float]] = {clients: [] for clients in CLIENTS}
-    context = SHAPES[shape].context_length
+    n = min(64, SHAPES[shape].context_length // 4)
     with tempfile.TemporaryDirectory() as folder:
         model = f"{folder}/model"
         worker("make", "olmo_jax", shape, model)
@@ -76,10 +75,10 @@ def serve(shape: str, rounds: int) -> dict:
             port = int(line.partition("127.0.0.1:")[2].partition(" ")[0])
             try:
                 for clients in CLIENTS:  # compiles
-                    measure(port, model, clients, context)
+                    measure(port, model, clients, n, 8)
                 for _ in range(rounds):
                     for clients in CLIENTS:
-                        figures[clients].append(measure(port, model, clients, context))
+                        figures[clients].append(measure(port, model, clients, n, n))
             finally:
                 server.send_signal(signal.SIGTERM)
     result = {clients: statistics.median(rows) for clients, rows in figures.items()}
@@ -90,6 +89,8 @@ def serve(shape: str, rounds: int) -> dict:
     return {
         "shape": shape,
         "rounds": rounds,
+        "prompt_tokens": n,
+        "answer_tokens": n,
         "tokens_per_second": {str(clients): speed for clients, speed in result.items()},
         "ratio": result[16] / result[1],
     }

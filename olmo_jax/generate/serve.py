@@ -1,10 +1,12 @@
 """`olmo-jax serve`: loads a model, opens the port, and leaves only when what runs is done."""
 
 import asyncio
+import logging
 import resource
 import signal
 import socket
 import time
+from types import FrameType
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -46,6 +48,11 @@ class WebServer(uvicorn.Server):
 
     def leave(self) -> None:
         self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit:  # each request that is broken off now would print a traceback
+            logging.disable()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second. Closes connections that have not brought a request: uvicorn itself

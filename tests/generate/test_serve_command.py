@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from tiny_server import tiny_run
@@ -20,15 +21,19 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run"))
 
 
-def start(run, *more):
+@contextmanager
+def started(run, *more):
+    """The process and its port."""
     command = [sys.executable, "-m", "olmo_jax.cli", "serve", str(run), "--port=0", *more]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
-    line = process.stdout.readline()
-    if not line:
-        raise AssertionError(process.communicate()[1])
-    return process, int(line.partition("127.0.0.1:")[2].partition(" ")[0])
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield process, int(line.partition("127.0.0.1:")[2].partition(" ")[0])
+        finally:
+            process.kill()
 
 
 def ask(port, **body):
@@ -40,45 +45,45 @@ def ask(port, **body):
 
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_leaves_with_status_0(run):
-    process, port = start(run, "--slots=2")
-    body = {"model": str(run), "max_tokens": 50, "temperature": 0}
-    whole = json.loads(ask(port, **body).read())["choices"][0]
-    answers = []
+    with started(run, "--slots=2") as (process, port):
+        body = {"model": str(run), "max_tokens": 50, "temperature": 0}
+        whole = json.loads(ask(port, **body).read())["choices"][0]
+        answers = []
 
-    def client():
-        response = ask(port, **body, n=20, stream=True)
-        started.release()
-        answers.append(response.read().decode())
+        def client():
+            response = ask(port, **body, n=20, stream=True)
+            begun.release()
+            answers.append(response.read().decode())
 
-    started = threading.Semaphore(0)
-    clients = [threading.Thread(target=client) for _ in range(4)]
-    for one in clients:
-        one.start()
-    for _ in clients:
-        assert started.acquire(timeout=120)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # some supervisors are impatient
-    for one in clients:
-        one.join(120)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (0, "", "")
-    assert len(answers) == 4
-    for answer in answers:
-        *events, done = [line[6:] for line in answer.split("\n\n")[:-1]]
-        assert done == "[DONE]"
-        texts = [""] * 20
-        for event in events:
-            [choice] = json.loads(event)["choices"]
-            texts[choice["index"]] += choice["text"]
-        assert texts == [whole["text"]] * 20
-    with pytest.raises(ConnectionRefusedError):
-        ask(port, **body)
+        begun = threading.Semaphore(0)
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for one in clients:
+            one.start()
+        for _ in clients:
+            assert begun.acquire(timeout=120)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # some supervisors are impatient
+        for one in clients:
+            one.join(120)
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out, err) == (0, "", "")
+        assert len(answers) == 4
+        for answer in answers:
+            *events, done = [line[6:] for line in answer.split("\n\n")[:-1]]
+            assert done == "[DONE]"
+            texts = [""] * 20
+            for event in events:
+                [choice] = json.loads(event)["choices"]
+                texts[choice["index"]] += choice["text"]
+            assert texts == [whole["text"]] * 20
+        with pytest.raises(ConnectionRefusedError):
+            ask(port, **body)
 
 
 @pytest.mark.slow
 def test_a_client_that_is_killed_in_the_middle_leaves_nothing_behind(run):
-    process, port = start(run, "--slots=1")
-    code = f"""
+    with started(run, "--slots=1") as (process, port):
+        code = f"""
 import http.client, json, os, signal
 c = http.client.HTTPConnection("127.0.0.1", {port}, timeout=120)
 body = {{"model": {str(run)!r}, "prompt": "a", "max_tokens": 60, "n": 100, "stream": True}}
@@ -86,29 +91,30 @@ c.request("POST", "/v1/completions", json.dumps(body), {{"Content-Type": "applic
 c.getresponse().read(100)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    made = json.loads(ask(port, model=str(run), max_tokens=5, temperature=0).read())
-    assert made["usage"]["completion_tokens"] <= 5
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
-    assert float(rows["olmo_jax_generated_tokens_total"]) < 60 * 100 / 2
-    assert rows["olmo_jax_running"] == rows["olmo_jax_waiting"] == "0.0"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+        made = json.loads(ask(port, model=str(run), max_tokens=5, temperature=0).read())
+        assert made["usage"]["completion_tokens"] <= 5
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+        assert float(rows["olmo_jax_generated_tokens_total"]) < 60 * 100 / 2
+        assert rows["olmo_jax_running"] == rows["olmo_jax_waiting"] == "0.0"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.slow
 def test_who_presses_ctrl_c_twice_does_not_wait(run):
-    process, port = start(run, "--slots=1")
-    response = ask(port, model=str(run), max_tokens=50, n=128, stream=True)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (130, "")
-    assert b"[DONE]" not in response.read()
+    with started(run, "--slots=1") as (process, port):
+        response = ask(port, model=str(run), max_tokens=50, n=128, stream=True)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (130, "")
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
 
 
 @pytest.mark.parametrize(
