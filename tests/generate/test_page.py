@@ -32,7 +32,7 @@ FLAGS = [
     "--no-first-run",
     "--window-size=1000,760",
 ]
-NASTY = "<img src=x onerror=\"document.title='broken'\"><b>né 🙂"
+NASTY = "<img src=x onerror=document.title=1>"
 
 
 class Gated(Engine):
@@ -165,10 +165,10 @@ def test_a_conversation_is_shown_as_text(server, page):
     if not served.text.chat_template:
         assert not find(page, "tabs").is_displayed()
         return
-    settings(page, temperature=0, max_tokens=10)
+    settings(page, temperature=0, max_tokens=8)
     page.execute_script("document.getElementById('say').value = arguments[0]", NASTY)
     find(page, "go").click()
-    until(lambda: idle(page) and "10 tokens" in find(page, "status").text)
+    until(lambda: idle(page) and "8 tokens" in find(page, "status").text)
     mine, answer = page.find_elements("class name", "turn")
     assert mine.text == NASTY and page.title == "org/tiny <b>"
     assert answer.get_property("textContent")
