@@ -21,9 +21,6 @@ def serve(
         int | None,
         Option("--max_length", help="Most tokens of prompt and text; the model's context if none."),
     ] = None,
-    int8: Annotated[
-        bool, Option("--int8", help="Weights in 8 bits: less memory, a little less exact.")
-    ] = False,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a page to write with it at /, /health and /metrics.
 
@@ -43,5 +40,4 @@ def serve(
         slots=slots,
         queue=queue,
         max_length=max_length,
-        int8=int8,
     )

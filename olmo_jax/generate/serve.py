@@ -82,7 +82,6 @@ def serve(
     slots: int = 16,
     max_length: int | None = None,
     queue: int = 256,
-    int8: bool = False,
 ) -> None:
     """Serves a model until SIGTERM or SIGINT; returns when what was accepted is finished.
 
@@ -92,9 +91,7 @@ def serve(
         raise UserError(f"queue = {queue}: it must be 0 or more")
     listener = bound(host, port)  # before the model is loaded: it may take minutes
     text = load_text_files(path)
-    engine = Engine(
-        load(path), slots=slots, max_length=max_length, **{"int8": True} if int8 else {}
-    )
+    engine = Engine(load(path), slots=slots, max_length=max_length)
     _warm_up(engine, slots)
     server = Server(path.rstrip("/"), Driver(engine, slots + queue), text)
     # uvicorn sends itself the signal that ended it, once it has put back what was set before.

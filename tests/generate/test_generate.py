@@ -178,7 +178,7 @@ def test_a_text_does_not_depend_on_what_runs_beside_it():
             continue
         row, n = np.zeros((1, TINY.context_length), np.int32), len(request.prompt_ids)
         row[0, : n + request.max_tokens] = [*request.prompt_ids, *together.token_ids]
-        expected = jax.nn.log_softmax(forward(model, row)[0])[n - 1 :]
+        expected = np.asarray(jax.nn.log_softmax(forward(model, row)[0]))[n - 1 :]
         assert len(together.logprobs) == len(together.token_ids)
         for at, found in enumerate(together.logprobs):
             token = together.token_ids[at]
