@@ -5,6 +5,7 @@ from typing import Annotated
 from typer import Option
 
 from olmo_jax.cli_generate import Model
+from olmo_jax.errors import UserError
 
 
 def serve(
@@ -31,7 +32,12 @@ def serve(
     olmo-jax serve runs/demo --port=8000
     ```
     """
-    from olmo_jax.generate.serve import serve
+    try:
+        from olmo_jax.generate.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
+            raise
+        raise UserError(f"serve needs {error.name}: pip install 'olmo-jax[serve]'") from None
 
     serve(
         model,

@@ -133,6 +133,13 @@ def test_mistakes_are_one_line(run, line, words, capsys):
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
+def test_without_its_extra_it_says_what_to_install(run, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "olmo_jax.generate.serve")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.run(["serve", str(run)]) == 2
+    assert "serve needs uvicorn: pip install 'olmo-jax[serve]'" in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken(run, capsys):
     import socket
 
