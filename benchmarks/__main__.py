@@ -1,6 +1,7 @@
 """Runs every comparison, contenders in turn, each in a fresh process; prints tables, keeps JSON.
 
-python -m benchmarks [--rounds=3] [--only=train|experts|generate|convert|start_up] [--shape=85M]
+python -m benchmarks [--rounds=3] [--only=train|experts|generate|serve|convert|start_up]
+                     [--shape=85M]
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.serve import serve
 from benchmarks.shapes import BATCH, LENGTH, SHAPES, step_flops
 from olmo_jax.parallel.environment import environment
 
@@ -195,7 +197,8 @@ def start_up() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("train", "experts", "generate", "convert", "start_up"))
+    names = ("train", "experts", "generate", "serve", "convert", "start_up")
+    parser.add_argument("--only", choices=names)
     parser.add_argument("--shape", choices=tuple(SHAPES), help="only this one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
     options = parser.parse_args()
@@ -204,6 +207,7 @@ def main() -> None:
         "train": lambda: train(options.shape or "85M", options.rounds),
         "experts": lambda: experts(options.rounds),
         "generate": lambda: generate(options.rounds, shapes),
+        "serve": lambda: serve(options.shape or "85M", options.rounds),
         "convert": lambda: convert(options.shape or "olmo2_1b", options.rounds),
         "start_up": start_up,
     }

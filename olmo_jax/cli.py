@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data, cli_generate, cli_launch, cli_plan
+from olmo_jax import cli_data, cli_generate, cli_launch, cli_plan, cli_serve
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
@@ -39,6 +39,7 @@ app.add_typer(cli_launch.app, name="launch")
 app.command(context_settings=GIN)(cli_plan.plan)
 app.command()(cli_generate.generate)
 app.command()(cli_generate.chat)
+app.command()(cli_serve.serve)
 
 
 def main() -> None:

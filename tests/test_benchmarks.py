@@ -23,6 +23,16 @@ def test_generation_is_measured_on_the_same_tokens(tmp_path):
     assert {"date", "torch", "transformers", "environment", "command"} <= set(result)
 
 
+@pytest.mark.slow
+def test_the_server_is_measured_with_one_client_and_with_sixteen(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--only=serve", "--shape=tiny", "--rounds=1"]
+    command += [f"--out={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    result = json.loads((tmp_path / "serve.json").read_text())
+    one, sixteen = (result["tokens_per_second"][clients] for clients in ("1", "16"))
+    assert one > 0 and result["ratio"] == pytest.approx(sixteen / one)
+
+
 def convert_result(tmp_path, shape):
     command = [sys.executable, "-m", "benchmarks", "--only=convert", f"--shape={shape}"]
     command += ["--rounds=1", f"--out={tmp_path}"]

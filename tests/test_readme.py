@@ -67,10 +67,22 @@ def test_every_command_of_the_readme_runs(tmp_path):
         if line.startswith("olmo-jax")
     ]
     assert len(commands) >= 10
+    servers = [command for command in commands if command.startswith("olmo-jax serve")]
     for command in commands:
-        run(command.replace("--step=500", "--step=3"))
+        if command not in servers:
+            run(command.replace("--step=500", "--step=3"))
     run("olmo-jax convert runs/demo runs/demo/hf --to=hf")
-    for kind, block in blocks:
-        if kind == "python":
-            (tmp_path / "readme.py").write_text(block)
-            run(f"{sys.executable} readme.py")
+    [command] = servers
+    command = f"exec {command} --port=0"
+    with subprocess.Popen(
+        command, shell=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as server:
+        port = server.stdout.readline().partition("127.0.0.1:")[2].partition(" ")[0]
+        try:
+            for kind, block in blocks:
+                if kind == "python":
+                    (tmp_path / "readme.py").write_text(block.replace(":8000", f":{port}"))
+                    run(f"{sys.executable} readme.py")
+        finally:
+            server.terminate()
+    assert server.returncode == 0

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from olmo_jax.convert.load import load_tokenizer
 from olmo_jax.convert.source import open_source
 from olmo_jax.errors import UserError
+from olmo_jax.generate.text import encode_prompt
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -89,7 +90,7 @@ class TextFiles:
                 "tokenizer_config.json): use `olmo-jax generate`, or a model tuned to chat"
             )
         text = self.chat_template.render(messages)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return encode_prompt(self.tokenizer, text, None)
 
 
 def load_text_files(path: str | Path) -> TextFiles:

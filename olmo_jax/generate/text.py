@@ -13,7 +13,9 @@ from olmo_jax.model.transformer import Transformer
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, eos_id: int | None) -> list[int]:
     """A prompt's ids; an empty one is the eos, which begins a document."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    # Not `encode`, which keeps every other thread waiting: 4.0 s for 600,000 bytes, here 0.03.
+    [encoding] = tokenizer.encode_batch_fast([prompt], add_special_tokens=False)
+    ids = encoding.ids
     return ids or ([] if eos_id is None else [eos_id])
 
 
