@@ -85,6 +85,8 @@ def evaluate(
             progress=advance,
         )
     console = Console()
+    if not console.is_terminal:  # a file has no width
+        console.width = 200
     console.print(terminal_table(results))
     if out is not None:
         console.print(f"written: {out} and {out.with_suffix('.html')}", soft_wrap=True)
