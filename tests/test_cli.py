@@ -23,6 +23,7 @@ COMMANDS = [
     ["report"],
     ["models"],
     ["plan"],
+    ["eval"],
     ["data"],
     ["data", "tokenizer"],
     ["data", "tokenize"],

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, the scores of continuations, metrics, and what becomes of them."""
