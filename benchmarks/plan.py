@@ -1,6 +1,7 @@
-"""The tables of docs/plan_tables.md: python -m benchmarks.plan [--only=models|weak] [--processes=2]
+"""The tables of docs/plan_tables.md: python -m benchmarks.plan [--only=olmo3|models|weak]
 
-Compiles every released model of the table for every machine, and one model on 16 to 4096 chips.
+Compiles OLMo-3-7B as docs/plan.md compares it with MaxText, and with a long context; every released
+model of the table for every machine; and one model on 16 to 4096 chips.
 What was compiled before comes from plan's cache; figures are kept in results/plan.json.
 """
 
@@ -31,6 +32,10 @@ MODELS = {
     "OLMoE-1B-7B": "configs/olmoe/1b_7b.gin",
 }
 MACHINES = ("v5e-256", "v5p-128", "v6e-256", "h100-64", "h100-256")
+OLMO3 = {  # on v5p-128: recipe, mesh, instances a step
+    "T 8,192, FSDP": ("configs/olmo3/7b.gin", "fsdp=64", 64),
+    "T 65,536, context parallel": ("configs/olmo3/7b_long.gin", "fsdp=16,context=4", 16),
+}
 TOKENS_A_DEVICE = 16_384  # a step: 4 instances of 4096 tokens, 2 of 8192
 WEAK = {  # chips: machine and mesh
     16: ("v5p-32", "fsdp=16"),
@@ -42,21 +47,25 @@ WEAK = {  # chips: machine and mesh
 WEAK_MODEL = "configs/olmo2/7b.gin"
 
 
-def request(config: str, machine: str, name: str, mesh: str | None = None) -> Request:
+def request(
+    config: str, machine: str, name: str, mesh: str = "fsdp=-1", rows: int | None = None
+) -> Request:
     run = load_config([str(ROOT / config)], ["Data.paths=('unused',)"])
-    rows = TOKENS_A_DEVICE // run.data.sequence_length * parse_target(machine).devices
-    mesh = mesh or "fsdp=-1"
+    rows = rows or TOKENS_A_DEVICE // run.data.sequence_length * parse_target(machine).devices
     return Request(run, machine, name, mesh, batch=rows, micro=0, remat="full")
 
 
 def requests(only: str | None) -> dict[str, Request]:
     out = {}
-    if only != "weak":
+    if only in (None, "olmo3"):
+        for name, (config, mesh, rows) in OLMO3.items():
+            out[name] = request(config, "v5p-128", name, mesh, rows)
+    if only in (None, "models"):
         for model, config in MODELS.items():
             for machine in MACHINES:
                 name = f"{model} on {machine}"
                 out[name] = request(config, machine, name)
-    if only != "models":
+    if only in (None, "weak"):
         for chips, (machine, mesh) in WEAK.items():
             name = f"weak {chips}"
             out[name] = request(WEAK_MODEL, machine, name, mesh)
@@ -65,7 +74,7 @@ def requests(only: str | None) -> dict[str, Request]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("models", "weak"))
+    parser.add_argument("--only", choices=("olmo3", "models", "weak"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--match", default="", help="Only names with this in them.")
     arguments = parser.parse_args()
@@ -105,6 +114,24 @@ def page_lines(kept: dict) -> list[str]:
         "Days are for the recipe's own number of tokens.",
         "",
     ]
+    found = {name: kept[name] for name in OLMO3 if name in kept}
+    if found:
+        lines += [
+            "## OLMo-3-7B on v5p-128 (64 chips)",
+            "",
+            "| | mesh | instances | temporaries, bytes | memory, GiB of 95 | fits | "
+            "FLOPs a device | bound s | by | sent, GB | compiled in s |",
+            "|---|---|" + "---:|" * 9,
+        ]
+        for name, o in found.items():
+            mesh = ", ".join(f"{axis} {n}" for axis, n in o["mesh"].items())
+            lines.append(
+                f"| {name} | {mesh} | {o['batch_size']} | {o['memory']['temporaries']:,} | "
+                f"{o['memory_needed'] / 1024**3:.1f} | {'yes' if o['fits'] else '**no**'} | "
+                f"{o['flops_device']:.4g} | {o['bound_seconds']:.4g} | {o['bound_by']} | "
+                f"{sum(o['collective_bytes'].values()) / 1e9:.1f} | {o['compile_seconds']:.0f} |"
+            )
+        lines.append("")
     head = (
         "memory | of | fits | FLOPs a device | bound s | by | tokens/s a chip | MFU | days | t CO2e"
     )
@@ -148,12 +175,15 @@ def expected_bytes(fsdp: int, copies: int) -> tuple[float, float]:
 
     Under full remat a layer's weights are gathered in bfloat16 three times (forward, again for the
     recomputation, backward), the head's once; gradients are scattered in float32. Between copies of
-    the weights each device's part of the gradients is all-reduced in float32.
+    the weights each device's part of the gradients is all-reduced in float32. On 64 chips and more
+    (a torus of at least 4 along each dimension) libtpu 0.0.52 writes every gather, that of a lone
+    matrix too, as an all-reduce of zeros with a part filled in: twice the bytes.
     """
+    gather = 2 * (2 if fsdp >= 64 else 1)
     model = load_config([str(ROOT / WEAK_MODEL)], ["Data.paths=('unused',)"]).model
     tables = model.rows * model.d_model
     layers = model.parameter_count() - 2 * tables
-    within = (fsdp - 1) / fsdp * (layers * (3 * 2 + 4) + tables * (2 + 4))
+    within = (fsdp - 1) / fsdp * (layers * (3 * gather + 4) + tables * (gather + 4))
     between = 2 * (copies - 1) / copies * 4 * model.parameter_count() / fsdp
     return within, between
 
@@ -196,9 +226,10 @@ def weak_lines(kept: dict) -> list[str]:
         "",
         "Per device. *Activations* are the compiler's temporaries less the float32 gradients' "
         "shard, 4 bytes x parameters / fsdp, which is the one part that is meant to shrink.",
-        "Expected bytes: (n - 1)/n of each layer gathered three times in bfloat16 (forward, ",
-        "recomputation, backward) and of the head once, gradients scattered in float32, and ",
-        "between copies of the weights their parts all-reduced (`expected_bytes` in ",
+        "Expected bytes: (n - 1)/n of each layer gathered three times in bfloat16 (forward, "
+        "recomputation, backward) and of the head once, from 64 chips on each gather twice the "
+        "bytes, since libtpu writes it as an all-reduce; gradients scattered in float32, and "
+        "between copies of the weights their parts all-reduced (`expected_bytes` in "
         "`benchmarks/plan.py`).",
         "",
         "![weak scaling](weak_scaling.svg)",

@@ -96,10 +96,17 @@ def _original_context(config: ModelConfig) -> int:
 
 
 def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions in half-split layout on the first 2 · cos.shape[-1] dims of each head."""
+    """Rotary positions in half-split layout on the first 2 · cos.shape[-1] dims of each head.
+
+    Over the whole width of a head: a TPU keeps arrays of half a head's 64 dims in 128 lanes each,
+    which at T 8192 with 32 heads was 134 MB for every half.
+    """
     cos, sin = rope
-    half = cos.shape[-1]
-    x = x_BTHC.astype(jnp.float32)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    half, C = cos.shape[-1], x_BTHC.shape[-1]
+    a, b, rest = jnp.split(x_BTHC, (half, 2 * half), axis=-1)
+    swapped = jnp.concatenate([b, a, rest], axis=-1)
+    still = [(0, 0)] * 3 + [(0, C - 2 * half)]
+    cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), still, constant_values=1)
+    sin = jnp.pad(jnp.concatenate([-sin, sin], axis=-1), still)
+    out = x_BTHC.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin
     return out.astype(x_BTHC.dtype)

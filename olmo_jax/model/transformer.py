@@ -5,6 +5,7 @@ decides where those live.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -124,24 +125,30 @@ class Transformer(nnx.Module):
         slopes_H = alibi_slopes(config.n_heads) if config.position == "alibi" else None
         graph, weights = nnx.split(self.layers)
 
+        def layer(i, x_BTD, group_weights):
+            weights = jax.tree.map(lambda a: a[i], group_weights)
+            x_BTD, weights = _one_layer_back(x_BTD, weights)
+            block = nnx.merge(graph, weights)
+            mask = AttentionMask(
+                pattern[i],
+                segment_ids_BT,
+                slopes_H,
+                last_reader_BT=last_reader_BT,
+                positions_BT=None if last_reader_BT is None else positions_BT,
+            )
+            x_BTD, _, sums = block(x_BTD, ropes.of(pattern[i]), mask, None, weights_BT)
+            return x_BTD, sums
+
         def group(x_BTD, group_weights):
             sums = []
-            for i, window in enumerate(pattern):
-                layer = jax.tree.map(lambda a, i=i: a[i], group_weights)
-                mask = AttentionMask(
-                    window,
-                    segment_ids_BT,
-                    slopes_H,
-                    last_reader_BT=last_reader_BT,
-                    positions_BT=None if last_reader_BT is None else positions_BT,
-                )
-                block = nnx.merge(graph, layer)
-                x_BTD, _, layer_sums = block(x_BTD, ropes.of(window), mask, None, weights_BT)
+            for i in range(len(pattern)):
+                run = partial(layer, i)
+                if config.remat != "none":
+                    run = jax.checkpoint(run, policy=_REMAT_POLICIES[config.remat])
+                x_BTD, layer_sums = run(x_BTD, group_weights)
                 sums.append(layer_sums)
             return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *sums)
 
-        if self.config.remat != "none":
-            group = jax.checkpoint(group, policy=_REMAT_POLICIES[self.config.remat])
         x_BTD = self.embedded(tokens_BT)
         if self.kernels.layers == "unrolled":
             groups = []
@@ -167,6 +174,20 @@ class Transformer(nnx.Module):
         0, 1, 2, … where not given.
         """
         return self.logits(self.hidden(jnp.asarray(tokens_BT), segment_ids, positions))
+
+
+@jax.custom_vjp
+def _one_layer_back(x_BTD, weights):
+    """A layer's arguments as they are. In the backward pass the layer before it starts when this
+    one's weight gradients are added up over devices: else a compiler with memory to spare keeps
+    whole float32 ones of all the layers of a group at once."""
+    return x_BTD, weights
+
+
+_one_layer_back.defvjp(
+    lambda x_BTD, weights: ((x_BTD, weights), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def _unstacked(weights, size: int) -> list:

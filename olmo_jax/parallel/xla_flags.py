@@ -1,8 +1,8 @@
 """The compiler flags of a training run: which, why, and where each was found to help.
 
 Chosen by backend, version and chip, joined with the user's, and checked before a device is touched:
-XLA aborts the process at a flag that it does not know. Flags of a single compilation (what `plan`
-tries) are not set here.
+XLA aborts the process at a flag that it does not know. `plan` hands the same ones to a single
+compilation, for a machine that is not there (`chosen`).
 """
 
 import importlib.metadata
@@ -135,18 +135,15 @@ def _tpu_flags(chip: str | None, slices: int) -> list[Flag]:
     return flags
 
 
-def choose(
-    wanted: Sequence[str], environment: Mapping[str, str], deterministic: bool = False
-) -> tuple[Platform, list[Flag], list[str]]:
-    """The backend, its flags, and what was left out and why.
-
-    `wanted` (Train.xla_flags) adds "name=value" and drops "-name"; a flag that the environment
-    gives already stands as it is there. Raises UserError for a flag of the user's that the compiler
-    refuses; one of ours is left out.
-    """
-    platform = find_platform(environment)
-    chip = _chip(environment) if platform == "tpu" else None
-    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+def chosen(
+    platform: Platform,
+    chip: str | None,
+    slices: int,
+    wanted: Sequence[str],
+    deterministic: bool = False,
+) -> tuple[dict[str, Flag], dict[str, Flag], list[str]]:
+    """Ours and those that `wanted` (Train.xla_flags) adds or changes, by name, and notes. UserError
+    for what is neither "name=value" nor "-name"."""
     ours = {f.name: f for f in flags_for(platform, _installed("jaxlib"), chip, slices)}
     if deterministic and platform == "gpu":
         reason = "a resumed run is bit-identical"
@@ -165,6 +162,22 @@ def choose(
             raise UserError(
                 f"Train.xla_flags: {text!r}: give name=value to add a flag, -name to drop one"
             )
+    return ours, theirs, notes
+
+
+def choose(
+    wanted: Sequence[str], environment: Mapping[str, str], deterministic: bool = False
+) -> tuple[Platform, list[Flag], list[str]]:
+    """The backend, its flags, and what was left out and why.
+
+    `wanted` (Train.xla_flags) adds "name=value" and drops "-name"; a flag that the environment
+    gives already stands as it is there. Raises UserError for a flag of the user's that the compiler
+    refuses; one of ours is left out.
+    """
+    platform = find_platform(environment)
+    chip = _chip(environment) if platform == "tpu" else None
+    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    ours, theirs, notes = chosen(platform, chip, slices, wanted, deterministic)
     variable = VARIABLES[platform]
     already = environment.get(variable, "").split()
     given = [str(flag) for flag in theirs.values()]

@@ -6,6 +6,7 @@ Shapes stand for weights and batches; nothing is allocated and nothing runs.
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
 import tempfile
@@ -24,6 +25,7 @@ from olmo_jax.model.transformer import abstract_model, kernels_for
 from olmo_jax.ops.kernels import Kernels
 from olmo_jax.parallel.mesh import build_mesh
 from olmo_jax.parallel.sharding import batch_sharding, replicated
+from olmo_jax.parallel.xla_flags import Platform, chosen
 from olmo_jax.plan import hlo
 from olmo_jax.plan.count import Count, count
 from olmo_jax.plan.hlo import Collective, Traffic, read_traffic
@@ -44,6 +46,7 @@ class Memory:
     temporaries: int = 0
     """Activations, gradients, gathered weights, buffers: what the compiler allocates."""
     code: int = 0
+    """The program itself; not known of a TPU's, which is not made to its end."""
 
     @property
     def total(self) -> int:
@@ -67,6 +70,8 @@ class Program:
     """Time that lowering and compiling took (when it was done: see `cached`)."""
     cached: bool
     """Found compiled in the cache."""
+    refused: tuple[str, ...] = ()
+    """Flags of a run that its compiler does not take for one compilation: left out."""
 
 
 def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Program:
@@ -75,70 +80,164 @@ def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Prog
     A step that does not fit is no error: its Program says how much memory it needs. What was
     compiled before, the same program with the same versions, is read from the cache.
     """
-    mesh = build_mesh(run.mesh, target_devices(target))
-    kernels = kernels_for(run.model, mesh.devices.flat[0], run.mesh.context_form)
-    sizes = _batch_sizes(run)
-    T, micro = run.data.sequence_length, run.train.micro_batch_size
-    refuse_misfit(mesh, run.model, T, sizes, micro)
-    model = abstract_model(run.model, kernels)
-    trainer = Trainer(model, run.optimizer, mesh, run.train.z_loss, run.train.micro_batch_size)
-    state, batch = trainer.abstract_state, abstract_batch(run, mesh)
-    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
     start = time.perf_counter()
-    step: Any = trainer.step
-    traced = step.trace(state, batch, scalar, scalar)
+    mesh, kernels, trainer, arguments = _trainer(run, target)
+    traced = trainer.step.trace(*arguments)
     work = count(traced.jaxpr)
     lowered = traced.lower(lowering_platforms=(target.platform,))
+    state, batch, *_ = arguments
     known = Memory(
         parameters=bytes_a_device(state.params),
         optimizer=bytes_a_device((state.opt_state, state.skip, state.step)),
         batch=bytes_a_device(batch),
     )
-    cache = _cache_file(lowered.as_text(), target)
+    flags = flags_of(run, target)
+    cache = _cache_file(lowered.as_text(), target, flags)
     found = _read_cache(cache) if use_cache else None
     if found:
-        return Program(target, mesh, kernels, work, *found, cached=True)
-    memory, traffic = compile_lowered(lowered, target, known, dict(mesh.shape))
-    seconds = time.perf_counter() - start
-    _write_cache(cache, memory, traffic, seconds)
-    return Program(target, mesh, kernels, work, memory, traffic, seconds, cached=False)
-
-
-def compile_lowered(
-    lowered: Any, target: Target, known: Memory, mesh_shape: dict[str, int]
-) -> tuple[Memory, Traffic | None]:
-    """Runs the compiler on `jax.stages.Lowered`; `known` has the sizes of what is passed in."""
-    with tempfile.TemporaryDirectory(prefix="olmo_jax_plan_") as folder:
-        # libtpu 0.0.52 cannot print some programs once compiled (neither as_text nor hlo_modules:
-        # an async-update of several operands), so it is asked to leave its text on the way.
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        options: Any = dump if target.platform == "tpu" else None
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            needed = bytes_needed(str(error))
-            if needed is None:
-                raise
-            memory = replace(known, temporaries=max(0, needed - known.total))
-            return memory, _dumped_traffic(Path(folder), mesh_shape)
-        stats = compiled.memory_analysis()
-        # Outputs that take no donated input's place (the metrics) are counted with temporaries.
-        rest = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
-        memory = replace(
-            known,
-            temporaries=stats.temp_size_in_bytes + rest,
-            code=stats.generated_code_size_in_bytes,
-        )
+        memory, traffic, seconds, refused = found
+    else:
+        refused = tuple(name for name in flags if not _takes(target, mesh, {name: flags[name]}))
+        flags = {name: value for name, value in flags.items() if name not in refused}
         if target.platform == "tpu":
-            return memory, _dumped_traffic(Path(folder), mesh_shape)
-        return memory, read_traffic(compiled.as_text(), mesh_shape)
+            memory, traffic = _compile_for_tpu(run, target, known, dict(mesh.shape), flags)
+        else:
+            memory, traffic = _compile_for_gpu(lowered, known, dict(mesh.shape), flags)
+        seconds = time.perf_counter() - start
+        _write_cache(cache, memory, traffic, seconds, refused)
+    done = bool(found)
+    return Program(target, mesh, kernels, work, memory, traffic, seconds, done, refused)
 
 
-def _dumped_traffic(folder: Path, mesh_shape: dict[str, int]) -> Traffic | None:
-    for ending in ("after_optimizations", "after_optimizations_before_buffer_assignment"):
-        for path in folder.glob(f"*.{ending}.txt"):
-            return read_traffic(path.read_text(), mesh_shape)
-    return None
+def _trainer(run: RunConfig, target: Target) -> tuple[Mesh, Kernels, Any, tuple]:
+    """The mesh, the kernels, the trainer, and the shapes that its step takes."""
+    mesh = build_mesh(run.mesh, target_devices(target))
+    kernels = kernels_for(run.model, mesh.devices.flat[0], run.mesh.context_form)
+    micro = run.train.micro_batch_size
+    refuse_misfit(mesh, run.model, run.data.sequence_length, _batch_sizes(run), micro)
+    model = abstract_model(run.model, kernels)
+    trainer = Trainer(model, run.optimizer, mesh, run.train.z_loss, micro)
+    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
+    arguments = (trainer.abstract_state, abstract_batch(run, mesh), scalar, scalar)
+    return mesh, kernels, trainer, arguments
+
+
+def flags_of(run: RunConfig, target: Target) -> dict[str, str | bool]:
+    """The compiler flags that the run would have on the target, ours and its own, as jax takes them
+    (of a GPU's, a switch only as a bool)."""
+    platform: Platform = "tpu" if target.platform == "tpu" else "gpu"
+    asked, fixed = run.train.xla_flags, run.train.deterministic
+    ours, theirs, _ = chosen(platform, target.chip.name, target.slices, asked, fixed)
+    switch = {"true": True, "false": False}
+    return {name: switch.get(flag.value, flag.value) for name, flag in (ours | theirs).items()}
+
+
+def _takes(target: Target, mesh: Mesh, flag: dict[str, str | bool]) -> bool:
+    """Whether the target's compiler takes a flag for one compilation, tried on an addition."""
+    one = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
+    added = jax.jit(lambda x: x + 1).trace(one).lower(lowering_platforms=(target.platform,))
+    try:
+        added.compile(compiler_options=flag)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _compile_for_gpu(
+    lowered: Any, known: Memory, mesh_shape: dict[str, int], flags: dict[str, str | bool]
+) -> tuple[Memory, Traffic | None]:
+    try:
+        compiled = lowered.compile(compiler_options=flags)
+    except jax.errors.JaxRuntimeError as error:
+        return _too_much(str(error), known), None
+    stats = compiled.memory_analysis()
+    # Outputs that take no donated input's place (the metrics) are counted with temporaries.
+    rest = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    memory = replace(
+        known,
+        temporaries=stats.temp_size_in_bytes + rest,
+        code=stats.generated_code_size_in_bytes,
+    )
+    return memory, read_traffic(compiled.as_text(), mesh_shape)
+
+
+def _too_much(error: str, known: Memory) -> Memory:
+    """What a compiler wanted that ran out of memory; other errors are raised again."""
+    needed = bytes_needed(error)
+    if needed is None:
+        raise jax.errors.JaxRuntimeError(error)
+    return replace(known, temporaries=max(0, needed - known.total))
+
+
+# A TPU program is optimised, and its buffers are placed, in the first tenth of the time that it
+# takes to compile (OLMo-3-7B on 64 chips: 12 s of 150 and more, on one core); the rest makes the
+# chip's instructions, which say nothing of a plan. So the compiler runs in a process of its own,
+# leaves its text on the way, and is ended when that is there. (Once compiled, some programs cannot
+# be printed: libtpu 0.0.52, an async-update of several operands.)
+_LAST = "after_optimizations_after_buffer_assignment"
+
+
+def _compile_for_tpu(
+    run: RunConfig,
+    target: Target,
+    known: Memory,
+    mesh_shape: dict[str, int],
+    flags: dict[str, str | bool],
+) -> tuple[Memory, Traffic | None]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="olmo_jax_plan_") as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        arguments = (there, run, target, flags | dump)
+        compiler = context.Process(target=_compile_and_tell, args=arguments, daemon=True)
+        compiler.start()
+        there.close()
+        error = ""
+        try:
+            while not _dumped(folder, _LAST):
+                if here.poll(0.2):
+                    error = here.recv()
+                    break
+        except EOFError:
+            raise RuntimeError(f"the compiler for {target.name} ended without a word") from None
+        finally:
+            compiler.kill()
+            compiler.join()
+        if error:
+            memory = _too_much(error, known)
+        else:
+            report = _dumped(folder, "after_optimizations-memory-usage-report")
+            memory = replace(known, temporaries=_reported_bytes(report) - known.total)
+        text = _dumped(folder, "after_optimizations") or _dumped(
+            folder, "after_optimizations_before_buffer_assignment"
+        )
+        return memory, read_traffic(text, mesh_shape) if text else None
+
+
+def _compile_and_tell(there: Any, run: RunConfig, target: Target, options: dict) -> None:
+    """In the compiler's process: compiles, and sends the error that it ended with, if any."""
+    _, _, trainer, arguments = _trainer(run, target)
+    lowered = trainer.step.trace(*arguments).lower(lowering_platforms=(target.platform,))
+    try:
+        lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        there.send(str(error))
+    else:
+        there.send("")
+
+
+def _dumped(folder: str, ending: str) -> str:
+    """The text of the step that the compiler left, empty where there is none (yet)."""
+    for path in Path(folder).glob(f"*jit__step*.{ending}.txt"):
+        return path.read_text()
+    return ""
+
+
+def _reported_bytes(report: str) -> int:
+    """A TPU program's bytes in the device's main memory, arguments included."""
+    found = re.search(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)", report)
+    assert found, report[:200]
+    return int(found[1])
 
 
 def _batch_sizes(run: RunConfig) -> list[int]:
@@ -184,16 +283,17 @@ def bytes_needed(message: str) -> int | None:
 # is minutes of CPU; what is kept of it is a page of JSON.
 
 
-def _cache_file(program: str, target: Target) -> Path:
+def _cache_file(program: str, target: Target, flags: dict[str, str | bool]) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "olmo_jax" / "plan"
     compiler = ("libtpu",) if target.platform == "tpu" else ("jax-cuda13-pjrt",)
     versions = [importlib.metadata.version(name) for name in ("jaxlib", *compiler)]
     reader = Path(hlo.__file__).read_text()  # what is kept is what it read
-    key = "\n".join([program, target.name, *versions, reader, os.environ.get("XLA_FLAGS", "")])
+    given = [os.environ.get("XLA_FLAGS", ""), json.dumps(flags)]
+    key = "\n".join([program, target.name, *versions, reader, *given])
     return root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def _read_cache(path: Path) -> tuple[Memory, Traffic | None, float] | None:
+def _read_cache(path: Path) -> tuple[Memory, Traffic | None, float, tuple[str, ...]] | None:
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -205,14 +305,17 @@ def _read_cache(path: Path) -> tuple[Memory, Traffic | None, float] | None:
             for c in traffic.pop("collectives")
         ]
         traffic = Traffic(collectives, **traffic)
-    return Memory(**kept["memory"]), traffic, kept["seconds"]
+    return Memory(**kept["memory"]), traffic, kept["seconds"], tuple(kept["refused"])
 
 
-def _write_cache(path: Path, memory: Memory, traffic: Traffic | None, seconds: float) -> None:
+def _write_cache(
+    path: Path, memory: Memory, traffic: Traffic | None, seconds: float, refused: tuple[str, ...]
+) -> None:
     kept = {
         "memory": asdict(memory),
         "traffic": asdict(traffic) if traffic else None,
         "seconds": seconds,
+        "refused": refused,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

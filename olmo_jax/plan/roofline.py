@@ -132,6 +132,11 @@ def outlook(
     model_flops = flops_per_token(run.model, run.data.sequence_length)
     kwh = hours * target.chips * (chip.watts + chip.host_watts) * pue / 1000 if hours else None
     notes = [*program.kernels.notes, *sorted(program.work.notes)]
+    if program.refused:
+        names = ", ".join(program.refused)
+        notes.append(
+            f"compiled without flags that the compiler does not take for one program: {names}"
+        )
     traffic = program.traffic
     if traffic is None:
         notes.append("the compiler gave up for want of memory: no traffic, no bound")

@@ -72,8 +72,11 @@ def test_a_tiny_run_on_each_backend(tmp_path, target):
 
 @pytest.mark.aot
 def test_slices_meet_over_the_network(tmp_path):
-    o = plan(tmp_path, "2xv5e-4", "--batch=8", "--remat=full")
+    unknown = "--gin.Train.xla_flags=('xla_nonsense=1',)"
+    o = plan(tmp_path, "2xv5e-4", "--batch=8", "--remat=full", unknown)
     assert o["mesh"]["slice"] == 2 and o["bound"]["outside"] > 0
+    # A run's own flags all reach this one compilation, but the one that no compiler knows.
+    assert [note for note in o["notes"] if note.endswith(": xla_nonsense")], o["notes"]
     assert any("slice" in axis for axis in o["collective_bytes"])
 
 

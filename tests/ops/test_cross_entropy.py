@@ -62,3 +62,21 @@ def test_whole_logits_are_never_in_memory():
 
     whole_logits = 2048 * 8192 * 4
     assert memory(128) < whole_logits / 4 < memory(2048)
+
+
+def test_a_head_in_pieces_is_the_same(monkeypatch):
+    w, targets = jnp.asarray(RNG.normal(size=(D, 300)), jnp.float32), TARGETS * 29 % 300
+
+    def gradients():
+        def total(x, w):
+            return cross_entropy(x, w, targets, WEIGHTS, 0.1, 4)[0]
+
+        return jax.value_and_grad(total, (0, 1))(X, w)
+
+    value, (dx, dw) = gradients()
+    monkeypatch.setattr("olmo_jax.ops.cross_entropy._PIECE", 128 * D)
+    jax.clear_caches()
+    cut_value, (cut_dx, cut_dw) = gradients()
+    np.testing.assert_allclose(cut_value, value, rtol=1e-6)
+    np.testing.assert_allclose(cut_dx, dx, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cut_dw, dw, rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 from olmo_jax import cli
 from olmo_jax.config import load_config
 from olmo_jax.errors import UserError
+from olmo_jax.plan.compile import flags_of
 from olmo_jax.plan.page import memory_bars, render, roofline_plot
 from olmo_jax.plan.roofline import Outlook
 from olmo_jax.plan.run import Request, changed
@@ -150,3 +151,13 @@ def test_errors_are_one_line(capsys, arguments, says):
     assert cli.run(["plan", *arguments]) == cli.STATUS_USER_ERROR
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and says in lines[0], lines
+
+
+def test_a_plan_has_the_compiler_flags_of_the_run(run):
+    vmem = "xla_tpu_scoped_vmem_limit_kib"
+    assert flags_of(run, parse_target("v5p-128"))[vmem] == "65472"
+    mine = replace(run, train=replace(run.train, xla_flags=(f"-{vmem}", "xla_foo=3")))
+    flags = flags_of(mine, parse_target("2xv5e-256"))
+    assert vmem not in flags and flags["xla_foo"] == "3"
+    assert flags["xla_tpu_enable_data_parallel_all_reduce_opt"] is True  # two slices
+    assert flags_of(run, parse_target("h100-64"))["xla_gpu_enable_triton_gemm"] is False
