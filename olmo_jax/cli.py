@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data, cli_launch, cli_plan
+from olmo_jax import cli_data, cli_inspect, cli_launch, cli_plan
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_launch.app, name="launch")
 app.command(context_settings=GIN)(cli_plan.plan)
+app.command()(cli_inspect.inspect)
 
 
 def main() -> None:

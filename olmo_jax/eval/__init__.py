@@ -1,0 +1,1 @@
+"""What a model knows: tasks, scores, perplexity by domain, a look inside, comparisons."""
