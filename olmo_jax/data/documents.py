@@ -28,18 +28,32 @@ class TextDocument(NamedTuple):
     """How far into the file, as it is on disk, reading had got: for progress bars."""
 
 
+class Row(NamedTuple):
+    """A line of a JSONL file, and of its fields those that were asked for."""
+
+    fields: dict[str, str]
+    line: int
+    bytes_read: int
+
+
 def read_jsonl(path: str | Path) -> Iterator[TextDocument]:
     """The documents of one file, in order; blank lines are passed over.
 
     Raises UserError naming file and line for what is not a JSON object with `id` and `text`.
     """
+    for row in read_rows(path, ("id", "text")):
+        yield TextDocument(row.fields["id"], row.fields["text"], row.line, row.bytes_read)
+
+
+def read_rows(path: str | Path, fields: tuple[str, ...]) -> Iterator[Row]:
+    """The lines of one file, in order, as `read_jsonl`; each must have these fields as strings."""
     path = str(path)
     line = 0
     try:
         with open(path, "rb") as raw:
             for line, text in enumerate(_lines(raw, path), 1):
                 if text.strip():
-                    yield _parse(text, path, line, raw.tell())
+                    yield Row(_parse(text, path, line, fields), line, raw.tell())
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise UserError(f"{path}: cannot be read after line {line}: {reason}") from None
@@ -65,12 +79,12 @@ def _lines(raw: BinaryIO, path: str) -> Iterator[str]:
     return iter(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"))
 
 
-def _parse(text: str, path: str, line: int, bytes_read: int) -> TextDocument:
+def _parse(text: str, path: str, line: int, fields: tuple[str, ...]) -> dict[str, str]:
     try:
         row = json.loads(text)
     except ValueError as e:
         raise UserError(f"{path}: line {line} is not JSON ({e})") from None
-    for field in ("id", "text"):
+    for field in fields:
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise UserError(f"{path}: line {line} has no string {field!r}, as every document must")
-    return TextDocument(row["id"], row["text"], line, bytes_read)
+    return {field: row[field] for field in fields}

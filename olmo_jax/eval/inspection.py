@@ -116,7 +116,7 @@ def inspect(
         entropies_T,
         top_ids_TK,
         top_log_probs_TK,
-        {i: _pieces([i], tokenizer)[0] for i in np.unique(top_ids_TK).tolist()},
+        {i: _pieces([i], tokenizer)[0] or f"[{i}]" for i in np.unique(top_ids_TK).tolist()},
         norms_LHT,
         {name: np.asarray(a, np.float32) for name, a in kept.items() if a is not None},
     )

@@ -1,4 +1,7 @@
-"""An Inspection for people: a table for the terminal, and a page; what was seen is inspection.py's."""
+"""An Inspection for people: a table for the terminal, and a page.
+
+What was seen is inspection.py's.
+"""
 
 import math
 from collections.abc import Iterator

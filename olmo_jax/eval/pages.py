@@ -7,7 +7,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes, write_error
 
 _REPORT = Path(__file__).parent.parent / "report"
