@@ -1,1 +1,1 @@
-"""What a model knows: tasks, scores, perplexity by domain, a look inside, comparisons."""
+"""Evaluation: tasks, the scores of continuations, metrics, and what becomes of them."""

@@ -98,12 +98,22 @@ class Transformer(nnx.Module):
         """The residual stream before the first layer."""
         return residual(embedding(self.embed.weight[...], tokens_BT, self.config.compute_dtype))
 
-    def hidden(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
-        """The final norm's output, (B, T, D), in the compute type."""
-        return self.hidden_and_routing(tokens_BT, segment_ids_BT, positions_BT)[0]
+    def hidden(
+        self, tokens_BT, segment_ids_BT=None, positions_BT=None, last_reader_BT=None
+    ) -> jax.Array:
+        """The final norm's output, (B, T, D), in the compute type. last_reader_BT: rows that hold
+        trees, with their depths as positions (see AttentionMask)."""
+        return self.hidden_and_routing(
+            tokens_BT, segment_ids_BT, positions_BT, last_reader_BT=last_reader_BT
+        )[0]
 
     def hidden_and_routing(
-        self, tokens_BT, segment_ids_BT=None, positions_BT=None, weights_BT=None
+        self,
+        tokens_BT,
+        segment_ids_BT=None,
+        positions_BT=None,
+        weights_BT=None,
+        last_reader_BT=None,
     ) -> tuple[jax.Array, RouterSums | None]:
         """`hidden`, and what the balancing losses need: each layer's router sums over tokens times
         weights_BT, with a leading L; None without experts or weights."""
@@ -118,7 +128,13 @@ class Transformer(nnx.Module):
             sums = []
             for i, window in enumerate(pattern):
                 layer = jax.tree.map(lambda a, i=i: a[i], group_weights)
-                mask = AttentionMask(window, segment_ids_BT, slopes_H)
+                mask = AttentionMask(
+                    window,
+                    segment_ids_BT,
+                    slopes_H,
+                    last_reader_BT=last_reader_BT,
+                    positions_BT=None if last_reader_BT is None else positions_BT,
+                )
                 block = nnx.merge(graph, layer)
                 x_BTD, _, layer_sums = block(x_BTD, ropes.of(window), mask, None, weights_BT)
                 sums.append(layer_sums)

@@ -44,6 +44,8 @@ def attention(
         mask.window,
         None if mask.segment_ids_BT is None else P(rows, time),  # type: ignore[arg-type]
         None if mask.slopes_H is None else P(heads),  # type: ignore[arg-type]
+        last_reader_BT=None if mask.last_reader_BT is None else P(rows),  # type: ignore[arg-type]
+        positions_BT=None if mask.positions_BT is None else P(rows),  # type: ignore[arg-type]
     )
 
     @partial(

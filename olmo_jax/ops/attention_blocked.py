@@ -21,7 +21,9 @@ def _blocks(T: int, S: int, mask: AttentionMask) -> list[tuple[slice, slice]]:
         if not mask.causal:
             out.append((slice(start, stop), slice(0, S)))
             continue
-        first = max(0, start + mask.offset - mask.window + 1) if mask.window else 0
+        # In a tree what is near by position may be far by index.
+        windowed = mask.window and mask.positions_BT is None
+        first = max(0, start + mask.offset - mask.window + 1) if windowed else 0
         out.append((slice(start, stop), slice(first, min(S, stop + mask.offset))))
     return out
 

@@ -36,6 +36,10 @@ def fused(
     q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask: AttentionMask, kernels: Kernels
 ) -> jax.Array:
     """A form's output, with its own backward pass."""
+    if (
+        mask.last_reader_BT is not None
+    ):  # only the blocked form knows trees, and no gradient of them
+        return attention_blocked.forward(q_BTHC, k_BSKC, v_BSKC, mask)[0]
     return form_of(kernels).forward(q_BTHC, k_BSKC, v_BSKC, mask)[0]
 
 

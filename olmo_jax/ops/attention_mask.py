@@ -13,7 +13,13 @@ NEVER = -1e30  # not -inf: a difference of two would be NaN
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("segment_ids_BT", "key_segment_ids_BS", "slopes_H"),
+    data_fields=(
+        "segment_ids_BT",
+        "key_segment_ids_BS",
+        "slopes_H",
+        "last_reader_BT",
+        "positions_BT",
+    ),
     meta_fields=("window", "causal", "offset"),
 )
 @dataclass(frozen=True)
@@ -33,6 +39,13 @@ class AttentionMask:
     """The keys' documents, where the keys are not those of the queries' positions."""
     causal: bool = True
     """False: all keys come before all queries (they are another part's, earlier in the row)."""
+    last_reader_BT: jax.Array | np.ndarray | None = None
+    """A row that holds trees: the index of the last query that sees each key. Laid out depth first,
+    a node's descendants are the positions up to it, so this one number keeps branches apart, and
+    documents (see eval/packing.py). T = S; segment_ids are not needed."""
+    positions_BT: jax.Array | np.ndarray | None = None
+    """Given with last_reader_BT: each token's depth in its tree, what windows and ALiBi count by.
+    Elsewhere indices do, which differ from positions by a document's constant."""
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:
@@ -52,21 +65,27 @@ def scores(q_BKGTC, k_BKSC, mask: AttentionMask, rows: slice, keys: slice) -> ja
     k_1S = jnp.arange(keys.start, keys.stop)[None, :]
     q, k = q_BKGTC[..., rows, :] * q_BKGTC.shape[-1] ** -0.5, k_BKSC[:, :, keys]
     scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
+    away = q_T1 - k_1S  # by how many tokens a key lies before a query
+    if mask.positions_BT is not None:
+        positions_BT = mask.positions_BT
+        away = (positions_BT[:, rows, None] - positions_BT[:, None, keys])[:, None, None]
     if mask.slopes_H is not None:
         K, G = q.shape[1:3]
-        # Within a document positions and indices differ by a constant: no need of the former.
-        scores += mask.slopes_H.reshape(K, G, 1, 1) * (k_1S - q_T1).astype(jnp.float32)
-    allowed = _allowed(mask, q_T1, k_1S, rows, keys)
+        scores -= mask.slopes_H.reshape(K, G, 1, 1) * away.astype(jnp.float32)
+    allowed = _allowed(mask, q_T1, k_1S, away, rows, keys)
     return scores if allowed is None else jnp.where(allowed, scores, NEVER)
 
 
-def _allowed(mask: AttentionMask, q_T1, k_1S, rows: slice, keys: slice) -> jax.Array | None:
-    """What the queries may see of the keys: (T, S), with segments (B, 1, 1, T, S), None is all."""
+def _allowed(mask: AttentionMask, q_T1, k_1S, away, rows: slice, keys: slice) -> jax.Array | None:
+    """What the queries may see of the keys: (T, S), or (B, 1, 1, T, S) with segments or trees; None
+    is all."""
     allowed = None
     if mask.causal:
         allowed = k_1S <= q_T1
         if mask.window:
-            allowed &= q_T1 - k_1S < mask.window
+            allowed &= away < mask.window
+    if mask.last_reader_BT is not None:
+        return allowed & (q_T1 <= mask.last_reader_BT[:, None, None, None, keys])
     if mask.segment_ids_BT is not None:
         ids = mask.segment_ids_BT
         key_ids = ids if mask.key_segment_ids_BS is None else mask.key_segment_ids_BS
