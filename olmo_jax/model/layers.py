@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.init import Initializer, input_std, output_std
 from olmo_jax.model.rope import rotate
-from olmo_jax.ops.attention import AttentionMask, attention, attention_cached
+from olmo_jax.ops.attention import AttentionMask, attention
+from olmo_jax.ops.attention_decode import attention_decode, write
 from olmo_jax.ops.kernels import Kernels
 from olmo_jax.ops.linear import linear
 from olmo_jax.parallel.sharding import constrain
@@ -100,9 +101,9 @@ class Attention(nnx.Module):
         self.head_width, self.clip, self.kernels = c, config.clip_qkv, kernels
 
     def __call__(self, x_BTD, rope, mask: AttentionMask, cache=None):
-        """Returns the output and the keys and values: as (B, S, K, C) without a cache, else the
-        cache (a pair of (B, K, S, C)) with this call's written at mask.offset. rope is None where
-        nothing is rotated."""
+        """Returns the output and the keys and values: as (B, S, K, C) without a cache; else T is 1,
+        and they are the cache (a pair of (B, K, S, C)) with this call's written at the positions
+        mask.offset, (B,). rope is None where nothing is rotated."""
         x_BTD = projected(x_BTD)
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         # A device's heads are its columns of the projections, as attention takes them.
@@ -120,13 +121,12 @@ class Attention(nnx.Module):
             kv = k_BTKC, v_BTKC
             out_BTHC = attention(q_BTHC, k_BTKC, v_BTKC, mask, self.kernels)
         else:
-            at = (0, 0, mask.offset, 0)
-
-            def write(old, new):
-                return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), at)
-
-            kv = write(cache[0], k_BTKC), write(cache[1], v_BTKC)
-            out_BTHC = attention_cached(q_BTHC, *kv, mask)
+            k_cache, v_cache = cache
+            kv = (
+                write(k_cache, k_BTKC[:, 0], mask.offset),
+                write(v_cache, v_BTKC[:, 0], mask.offset),
+            )
+            out_BTHC = attention_decode(q_BTHC[:, 0], *kv, mask.offset, mask)[:, None]
         return self.out(out_BTHC.reshape(B, T, -1)), kv
 
 

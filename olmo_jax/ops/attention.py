@@ -19,7 +19,7 @@ from olmo_jax.ops.kernels import Kernels
 from olmo_jax.parallel.mesh import current_mesh
 from olmo_jax.parallel.sharding import cuts
 
-__all__ = ["AttentionMask", "alibi_slopes", "attention", "attention_cached"]
+__all__ = ["AttentionMask", "alibi_slopes", "attention"]
 
 
 def attention(
@@ -70,14 +70,11 @@ def attention(
 def _on_one_device(q_BTHC, k_BSKC, v_BSKC, mask: AttentionMask, kernels: Kernels):
     if kernels.attention == "reference":
         k_BKSC, v_BKSC = k_BSKC.swapaxes(1, 2), v_BSKC.swapaxes(1, 2)
-        return attention_cached(q_BTHC, k_BKSC, v_BKSC, mask)
+        return _reference(q_BTHC, k_BKSC, v_BKSC, mask)
     return fused(q_BTHC, k_BSKC, v_BSKC, mask, kernels)
 
 
-def attention_cached(
-    q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask: AttentionMask
-) -> jax.Array:
-    """The reference form; keys and values lie in the cache's layout, heads before positions."""
+def _reference(q_BTHC, k_BKSC, v_BKSC, mask: AttentionMask) -> jax.Array:
     B, T, H, C = q_BTHC.shape
     K, S = k_BKSC.shape[1:3]
     q_BKGTC = q_BTHC.swapaxes(1, 2).reshape(B, K, H // K, T, C)

@@ -34,7 +34,7 @@ class AttentionMask:
     """ALiBi: not what may be seen but how much it weighs: scores fall by a head's slope for each
     token between query and key (see `alibi_slopes`)."""
     offset: Any = 0
-    """Index among the keys of the first query; an int but for decoding with a cache."""
+    """Index among the keys of the first query, an int; with a cache, each row's position, (B,)."""
     key_segment_ids_BS: jax.Array | np.ndarray | None = None
     """The keys' documents, where the keys are not those of the queries' positions."""
     causal: bool = True

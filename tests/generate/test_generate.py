@@ -15,7 +15,7 @@ from olmo_jax.convert.export import convert
 from olmo_jax.data.tokenizer import train_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.generate import Sampling, generate, generate_text
-from olmo_jax.generate.sampling import sample
+from olmo_jax.generate.sampling import SamplingRows, sample
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.transformer import init, parameters
 
@@ -129,9 +129,9 @@ def test_frequencies_are_the_softmax_of_what_is_kept(sampling, kept):
     weights[np.argsort(-probabilities)[kept:]] = 0
     expected = weights / weights.sum()
     n = 20_000
-    keys = jax.random.split(jax.random.key(0), n)
-    logits = jnp.log(jnp.asarray(probabilities))
-    draws = jax.vmap(lambda key: sample(logits, key, sampling))(keys)
+    logits = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32)), (n, 1))
+    rows = SamplingRows.of([(sampling, seed) for seed in range(n)])
+    draws = sample(logits, rows, jnp.zeros(logits.shape, bool), jnp.full(n, 7))
     got = np.bincount(draws, minlength=6) / n
     assert np.all(got[expected == 0] == 0)
     deviation = np.sqrt(expected * (1 - expected) / n)

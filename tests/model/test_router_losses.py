@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from olmo_jax.generate.decode import unstacked
+from olmo_jax.generate.decoder import unstacked
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.model.transformer import Transformer, init
