@@ -84,8 +84,8 @@ def summarize(documents: Sequence[Document], seed: int = 0) -> dict[str, Any]:
     """Figures of each domain and their averages, each with a 95 % interval.
 
     `domains` by name, `micro` (all documents as one domain) and `macro` (the mean of the domains'
-    figures); in each `bits_per_byte` and `perplexity` (a token), and [low, high] under `…_interval`:
-    percentiles of resamples that draw, from each domain, as many of its documents as it has.
+    figures); in each `bits_per_byte` and `perplexity` (of a token), and [low, high] under
+    `…_interval`: percentiles of resamples that draw as many documents of each domain as it has.
     """
     if not documents:
         raise UserError("the files have no documents with text")
