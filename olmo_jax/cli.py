@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data, cli_inspect, cli_launch, cli_plan
+from olmo_jax import cli_data, cli_eval, cli_inspect, cli_launch, cli_plan
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from olmo_jax.train.config import RunConfig
-    from olmo_jax.train.evaluate import Evaluation
+    from olmo_jax.train.evaluate import Evaluation, Evaluator
 
 STATUS_USER_ERROR, STATUS_INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="olmo-jax",
-    help="Train, study and hand on fully open language models (OLMo, OLMoE, Pythia) in JAX.",
+    help="Train, study, evaluate and hand on fully open language models (OLMo, OLMoE, Pythia) in "
+    "JAX.",
     epilog="Start with: olmo-jax train --gin_file=configs/demo.gin",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_launch.app, name="launch")
 app.command(context_settings=GIN)(cli_plan.plan)
+app.command("eval")(cli_eval.evaluate)
 app.command()(cli_inspect.inspect)
 
 
@@ -141,7 +143,8 @@ def train(
     from olmo_jax.train.loop import train
 
     at_end = partial(_report, config.train.run_dir)
-    raise typer.Exit(train(config, to_gin(config), _samples(config), at_end, steps))
+    evaluators: list[Evaluator] = [*_samples(config), *_tasks(config)]
+    raise typer.Exit(train(config, to_gin(config), evaluators, at_end, steps))
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
@@ -432,6 +435,38 @@ def _samples(config: "RunConfig") -> list[Samples]:
     if train.tokenizer is None:
         raise UserError("Train.sample_prompts is given and Train.tokenizer is not: give both")
     return [Samples(config, train.tokenizer)]
+
+
+class Tasks:
+    """The loop's evaluator of `Train.evaluators`."""
+
+    def __init__(self, config: "RunConfig", tokenizer_path: str):
+        from olmo_jax.data.tokenizer import load_tokenizer
+        from olmo_jax.eval.in_loop import Tasks
+        from olmo_jax.parallel.mesh import build_mesh
+
+        train = config.train
+        self._run = Tasks(
+            train.evaluators,
+            load_tokenizer(tokenizer_path),
+            config.data.eos_token_id,
+            train.evaluators_limit,
+            lambda: build_mesh(config.mesh),
+        )
+
+    def __call__(self, model, step: int) -> "Evaluation":
+        from olmo_jax.train.evaluate import Evaluation
+
+        return Evaluation(self._run(model, step))
+
+
+def _tasks(config: "RunConfig") -> list[Tasks]:
+    train = config.train
+    if not train.evaluators:
+        return []
+    if train.tokenizer is None:
+        raise UserError("Train.evaluators is given and Train.tokenizer is not: give both")
+    return [Tasks(config, train.tokenizer)]
 
 
 def _report(run_dir: str) -> None:

@@ -70,12 +70,23 @@ def bindings(context: Context, arguments: Sequence[str], allowed: bool = True) -
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for the (bytes done, of how many) that rooms report."""
+def progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for the (done, of how many) that rooms report, in bytes or another unit."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn(unit))
+    if unit == "bytes":
+        count = (DownloadColumn(),)
+    columns = (TextColumn(what), BarColumn(), *count, TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)

@@ -20,6 +20,7 @@ COMMANDS = [
     ["report"],
     ["models"],
     ["plan"],
+    ["eval"],
     ["data"],
     ["data", "tokenizer"],
     ["data", "tokenize"],
@@ -74,7 +75,7 @@ for command in {[[], *COMMANDS]}:
 print(time.process_time())
 heavy = {{"jax", "grain", "gin", "numpy"}} & set(sys.modules)
 rooms = {{m for m in sys.modules if m.startswith("olmo_jax.")}}
-light = ("cli", "cli_data", "cli_launch", "cli_plan", "cli_shared", "errors")
+light = ("cli", "cli_data", "cli_eval", "cli_launch", "cli_plan", "cli_shared", "errors")
 rooms -= {{"olmo_jax." + name for name in light}}
 assert not heavy and not rooms, (heavy, rooms)
 """

@@ -104,7 +104,9 @@ def _planned(order, shared, lengths, parity_length) -> list[tuple[int, list[list
 
 def _pieces(order, shared, lengths, T, low, high) -> list[_Piece]:
     """Trees of at most T tokens out of the requests whose length is in (low, high]."""
-    pieces, here, size, common, before = [], [], 0, 0, 0
+    pieces: list[_Piece] = []
+    here: list[tuple[int, int]] = []
+    size, common, before = 0, 0, 0
     for i, same in zip(order, shared, strict=True):
         common = min(common, same)
         n = lengths[i]

@@ -3,7 +3,8 @@
 What the requests are, and what becomes of their scores, is tasks.py's and metrics.py's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -67,15 +68,20 @@ class Scorer:
         self.tokens_per_batch = tokens_per_batch
 
     def __call__(
-        self, pairs: Sequence[Pair], progress: Callable[[int, int], None] | None = None
+        self,
+        pairs: Sequence[Pair],
+        progress: Callable[[int, int], None] | None = None,
+        done: Collection[int] = (),
     ) -> Iterator[tuple[int, Score]]:
         """Yields (index into pairs, score) of each, in the order in which they are done.
 
-        progress is called with (pairs done, of how many). The next batch is under way while the
-        last one's scores are taken. Raises UserError for what cannot be scored.
+        progress is called after each batch with (pairs done, of how many); the next batch is under
+        way by then. A batch all of whose pairs are in `done` (of an earlier call that was stopped)
+        is left out, and the others are the same, to the last bit. Raises UserError for what cannot
+        be scored.
         """
         requests = [self._request(i, pair) for i, pair in enumerate(pairs)]
-        return self._scores(requests, progress)
+        return self._scores(requests, progress, frozenset(done))
 
     def _request(self, i: int, pair: Pair) -> packing.Request:
         context, continuation = pair
@@ -96,13 +102,16 @@ class Scorer:
             )
         return packing.Request(tokens.astype(np.int32), len(continuation))
 
-    def _scores(self, requests, progress) -> Iterator[tuple[int, Score]]:
+    def _scores(self, requests, progress, known) -> Iterator[tuple[int, Score]]:
         parts = 1 if self.mesh is None else batch_parts(self.mesh)
         planned = packing.batches(
             requests, self.tokens_per_batch, parts, _parity_length(self.model.config)
         )
         waiting, done = None, 0
-        for batch in (*planned, None) if requests else ():
+        for batch in itertools.chain(planned, [None]) if requests else ():
+            if batch is not None and known.issuperset(i for i, *_ in batch.requests):
+                done += len(batch.requests)
+                continue
             running = None if batch is None else (batch, self._run(batch))
             if waiting is not None:
                 batch, found = waiting

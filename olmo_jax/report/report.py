@@ -25,6 +25,7 @@ from olmo_jax.storage import location
 
 SAMPLE_STEPS = 12  # the newest ones; with them the page stays well below a megabyte
 SAMPLE_LETTERS = 4000
+EVALUATIONS = 6  # newest steps in the table of tasks
 BITS, HELDOUT_LOSS = "heldout/bits_per_byte", "heldout/loss"
 
 
@@ -89,6 +90,7 @@ def render(run: Run) -> str:
         plots=[plot for plot in _plots(run) if plot is not None],
         box={"width": WIDTH, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP}
         | {"height": HEIGHT, "bottom": HEIGHT - BOTTOM},
+        evaluation=_evaluation(run),
         samples=_samples(run),
         data_tables=[
             table
@@ -230,6 +232,32 @@ def _plots(run: Run) -> Iterator[Plot | None]:
         [curve("step_seconds", "seconds", "speed", smoothed=True)],
         lambda seconds: f"{seconds:.3g} s",
         from_zero=True,
+    )
+
+
+def _evaluation(run: Run) -> Table:
+    """The tasks' numbers at the newest steps: a row for the metric that each reports first, and one
+    for its bits per byte."""
+    rows = [row for row in run.rows if any(name.startswith("eval/") for name in row)]
+    columns: dict[int, dict[str, Any]] = {int(row["step"]): row for row in rows}
+    steps = sorted(columns)[-EVALUATIONS:]
+    shown: dict[tuple[str, str], None] = {}
+    for name in (name for row in rows for name in row if name.startswith("eval/")):
+        task, _, metric = name.removeprefix("eval/").rpartition("/")
+        if metric == "bpb" or all(task != other for other, _ in shown):
+            shown[task, metric] = None
+
+    def cell(step: int, task: str, metric: str) -> tuple[str, bool]:
+        value = number(columns[step].get(f"eval/{task}/{metric}"))
+        return (f"{value:.4f}" if math.isfinite(value) else "", True)
+
+    return Table(
+        "acc, len_norm: share answered right; bpb: bits a byte of the right answer, less is better",
+        ["Task", "Metric", *(f"Step {step:,}" for step in steps)],
+        [
+            [(task, False), (metric, False), *(cell(step, task, metric) for step in steps)]
+            for task, metric in shown
+        ],
     )
 
 

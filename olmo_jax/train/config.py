@@ -59,7 +59,12 @@ class TrainConfig:
     heldout: tuple[str, ...] = ()
     """Token files (or globs) to evaluate on: loss, perplexity and bits per byte."""
     heldout_every: int | None = None
-    """Steps between evaluations; None is only at the end."""
+    """Steps between evaluations (held-out text, tasks, samples); None is only at the end."""
+    evaluators: tuple[str, ...] = ()
+    """Tasks and suites (`olmo-jax eval --list`) to run beside the held-out text, at the same steps;
+    they need `tokenizer`."""
+    evaluators_limit: int | None = None
+    """Only the first so many questions of each task; None is all."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts that the model continues at every evaluation, for the report."""
     sample_tokens: int = 100
@@ -89,7 +94,8 @@ class TrainConfig:
             raise ValueError(f"steps = {self.steps}: it must be at least 0")
         if self.data_from_step < 0:
             raise ValueError(f"data_from_step = {self.data_from_step}: it must be at least 0")
-        for name in ("tokens", "stop_at", "micro_batch_size", "heldout_every", "sample_tokens"):
+        counts = ("tokens", "stop_at", "micro_batch_size", "heldout_every", "sample_tokens")
+        for name in (*counts, "evaluators_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: it must be at least 1")

@@ -22,6 +22,8 @@ _MAY_CHANGE = {
         "micro_batch_size",
         "heldout",
         "heldout_every",
+        "evaluators",
+        "evaluators_limit",
         "sample_prompts",
         "sample_tokens",
         "tensorboard",

@@ -1,0 +1,59 @@
+"""Results as a table in the terminal and as a page that asks the network for nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from olmo_jax.eval.run import Results
+
+ALSO = ("acc", "len_norm", "bpb")  # columns beside the task's own metric
+
+
+def terminal_table(results: "Results") -> "Table":
+    """A row for each task, and for each suite its mean."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    head, rows = cells(results)
+    for name in head:
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def cells(results: "Results") -> tuple[list[str], list[list[str]]]:
+    """Column heads, and each row's texts."""
+    tasks: dict[str, Any] = results.content["tasks"]
+    also = [m for m in ALSO if any(m in task["metrics"] for task in tasks.values())]
+    out = []
+    for row in results.rows():
+        metrics = tasks[row["task"]]["metrics"] if row["task"] in tasks else {}
+        error = "" if row["stderr"] is None else f"± {row['stderr']:.4f}"
+        count = "" if row["questions"] is None else f"{row['questions']:,}"
+        values = [f"{metrics[m]:.4f}" if m in metrics else "" for m in also]
+        out.append([row["task"], row["metric"], f"{row['value']:.4f}", error, *values, count])
+    return ["task", "metric", "value", "", *also, "questions"], out
+
+
+def render(results: Sequence["Results"]) -> str:
+    """The page as HTML, a table for each model."""
+    folder = Path(__file__).parent
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return templates.get_template("page.html.j2").render(
+        style=Markup((folder.parent / "report" / "style.css").read_text()),
+        results=[(r.content, *cells(r)) for r in results],
+    )
