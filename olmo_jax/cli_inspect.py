@@ -48,7 +48,7 @@ def inspect(
 
     from olmo_jax.eval.inspection import STREAM, inspect
     from olmo_jax.eval.inspection_show import page, table
-    from olmo_jax.eval.pages import write_page
+    from olmo_jax.eval.pages import write_file
 
     found = inspect(model, text, top=top, activations=activations or STREAM)
     Console().print(table(found))
@@ -56,7 +56,7 @@ def inspect(
         if path.suffix == ".npz":
             found.save(path)
         else:
-            write_page(path, page(found, model))
+            write_file(path, page(found, model))
         print(f"{path}: written")
 
 

@@ -6,20 +6,27 @@ again (Magnusson et al. 2023).
 """
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from tokenizers import Tokenizer
 
-from olmo_jax.data.documents import read_rows, total_bytes
+from olmo_jax.data.documents import Row, read_rows, total_bytes
 from olmo_jax.errors import UserError
+from olmo_jax.eval.run import fingerprint
 from olmo_jax.eval.scoring import Pair, Scorer
+from olmo_jax.files import write_bytes, write_error
 
 RESAMPLES = 1000
-_BLOCK = 1024  # documents that are packed together: enough to fill rows, few enough to hold
+_BLOCK = 256  # documents that are packed together: enough to fill rows, few enough to lose
+
+Progress = Callable[[int, int], None]
 
 
 class Document(NamedTuple):
@@ -33,44 +40,131 @@ class Document(NamedTuple):
     bytes: int
 
 
+def evaluate(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    eos_id: int | None,
+    paths: Sequence[str],
+    *,
+    name: str,
+    domain_field: str = "source",
+    out: Path | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores the documents of JSONL files (also .gz and .zst) and sums up their domains; with
+    `out`, a .json file, writes that whole at the end, every document's figures with it.
+
+    On the way what is scored is kept in OUT.part: the same call goes on from there, and ends with
+    the same file. Raises UserError.
+    """
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out={out}: give a name that ends in .json")
+    part, kept = None, list[list[Document]]()
+    if out is not None:
+        of = [fingerprint(scorer.model, ()), scorer.max_length, domain_field]
+        of += [f"{Path(path).name} {total_bytes([path])}" for path in paths]
+        part = out.with_name(f"{out.name}.part")
+        kept = _kept(part, json.dumps({"of": of}).encode() + b"\n")
+    blocks = score_documents(
+        scorer, tokenizer, eos_id, paths, domain_field, progress, skip=len(kept)
+    )
+    for block in blocks:
+        kept.append(block)
+        if part is not None:
+            _append(part, json.dumps(block).encode() + b"\n")
+    documents = [document for block in kept for document in block]
+    content = {
+        "model": name,
+        "files": [Path(path).name for path in paths],
+        "domain_field": domain_field,
+        "window": scorer.max_length,
+        **summarize(documents, seed),
+        "documents": documents,
+    }
+    if out is not None and part is not None:
+        try:
+            write_bytes(out, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            raise write_error(out, error) from None
+        part.unlink(missing_ok=True)
+    return content
+
+
+def _append(part: Path, line: bytes) -> None:
+    try:
+        with open(part, "ab") as file:
+            file.write(line)
+    except OSError as error:
+        raise write_error(part, error) from None
+
+
+def _kept(part: Path, head: bytes) -> list[list[Document]]:
+    """The whole blocks of a file on the way; it is begun anew where they are of something else."""
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        content = part.read_bytes() if part.exists() else b""
+        content = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
+        if not content.startswith(head):
+            content = head
+        write_bytes(part, content)
+    except OSError as error:
+        raise write_error(part, error) from None
+    lines = content[len(head) :].splitlines()
+    return [[Document(*fields) for fields in json.loads(line)] for line in lines]
+
+
 def score_documents(
     scorer: Scorer,
     tokenizer: Tokenizer,
     eos_id: int | None,
     paths: Sequence[str],
     domain_field: str = "source",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     skip: int = 0,
-) -> Iterator[Document]:
-    """Every document of the files but empty ones and the first `skip`, in order.
+) -> Iterator[list[Document]]:
+    """Every document of the files but empty ones, in order and in blocks, without the first `skip`
+    blocks.
 
     progress is called with (bytes read, of how many). Raises UserError for a file that cannot be
     read, a document without `text` or the domain field, and a model that has no end-of-text token.
     """
     if eos_id is None:
         raise UserError("the model names no end-of-text token, which must stand before a document")
-    total, before = total_bytes(list(paths)), 0
+    total = total_bytes(list(paths))
+    for block in itertools.islice(_blocks(_rows(paths, domain_field)), skip, None):
+        texts = [row.fields["text"] for _, _, row in block]
+        pairs, owners = [], []
+        for n, encoding in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
+            new = list(windows([eos_id, *encoding.ids], scorer.max_length))
+            pairs += new
+            owners += [n] * len(new)
+        nats, tokens = np.zeros(len(block)), np.zeros(len(block), np.int64)
+        for i, score in scorer(pairs):
+            nats[owners[i]] -= score.logprob
+            tokens[owners[i]] += len(pairs[i].continuation)
+        yield [
+            Document(
+                row.fields[domain_field],
+                f"{Path(path).name}:{row.line}",
+                float(nats[n]),
+                int(tokens[n]),
+                len(texts[n].encode()),
+            )
+            for n, (path, _, row) in enumerate(block)
+        ]
+        if progress:
+            _, before, row = block[-1]
+            progress(before + row.bytes_read, total)
+
+
+def _rows(paths: Sequence[str], domain_field: str) -> Iterator[tuple[str, int, Row]]:
+    """(file, bytes of those before it, row) of every document that has text."""
+    before = 0
     for path in paths:
-        rows = (r for r in read_rows(path, ("text", domain_field)) if r.fields["text"])
-        for block in _blocks(itertools.islice(rows, skip, None), _BLOCK):
-            texts = [row.fields["text"] for row in block]
-            encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-            pairs, owners = [], []
-            for n, encoding in enumerate(encoded):
-                new = list(windows([eos_id, *encoding.ids], scorer.max_length))
-                pairs += new
-                owners += [n] * len(new)
-            nats, tokens = np.zeros(len(block)), np.zeros(len(block), np.int64)
-            for i, score in scorer(pairs):
-                nats[owners[i]] -= score.logprob
-                tokens[owners[i]] += len(pairs[i].continuation)
-            for n, row in enumerate(block):
-                size = len(texts[n].encode())
-                where = f"{Path(path).name}:{row.line}"
-                domain = row.fields[domain_field]
-                yield Document(domain, where, float(nats[n]), int(tokens[n]), size)
-            if progress:
-                progress(before + block[-1].bytes_read, total)
+        for row in read_rows(path, ("text", domain_field)):
+            if row.fields["text"]:
+                yield path, before, row
         before += total_bytes([path])
 
 
@@ -143,6 +237,29 @@ def _counts(sums: np.ndarray) -> dict[str, int]:
     return {"tokens": int(sums[1]), "bytes": int(sums[2])}
 
 
-def _blocks(rows: Iterator, size: int) -> Iterator[list]:
-    while block := list(itertools.islice(rows, size)):
+def _blocks(rows: Iterator) -> Iterator[list]:
+    while block := list(itertools.islice(rows, _BLOCK)):
         yield block
+
+
+def table(content: dict[str, Any]) -> Table:
+    """A row for each domain, then the averages, for the terminal."""
+    shown = Table(box=SIMPLE_HEAD)
+    for head in ("domain", "documents", "bits per byte", "95 % interval", "perplexity", "95 %"):
+        shown.add_column(head, justify="left" if head == "domain" else "right")
+
+    def add(name: str, row: dict[str, Any], **style) -> None:
+        count = f"{row['documents']:,}" if "documents" in row else ""
+        texts = []
+        for figure, form in (("bits_per_byte", ".4f"), ("perplexity", ".2f")):
+            low, high = row[f"{figure}_interval"]
+            texts += [f"{row[figure]:{form}}", f"{low:{form}} to {high:{form}}"]
+        shown.add_row(name, count, *texts, **style)
+
+    *domains, last = content["domains"].items()
+    for domain in domains:
+        add(*domain)
+    add(*last, end_section=True)
+    add("all documents (micro)", content["micro"])
+    add("mean of domains (macro)", content["macro"])
+    return shown

@@ -10,7 +10,7 @@ Neither this nor lm-eval's own part of the work imports torch.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (before ours is registered, which would make it the only one)
@@ -207,19 +207,20 @@ def evaluate(
     limit: int | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results of its tasks (names, groups, or YAML files) on a model, samples included.
+    """lm-eval's tasks (names or groups) on a model, in the form of `run.evaluate`'s results: each
+    task's items hold the document's number, each metric's value, and what the model answered.
 
-    include_path: a folder with more task files. limit: only so many documents of each task.
+    include_path: a folder with more task files. limit: only so many documents of each task. Raises
+    UserError for a task that lm-eval doesn't know.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path)
-    unknown = [t for t in tasks if t not in manager.all_tasks and not Path(t).is_file()]
-    if unknown:
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(
             f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them; "
-            "--include_path gives a folder with more"
+            "--include_path=FOLDER adds your own"
         )
     results = simple_evaluate(
         model=OlmoJax(model, step=step),
@@ -229,8 +230,43 @@ def evaluate(
         task_manager=manager,
     )
     assert results is not None  # of the first process, and there is but one
-    results["config"]["model"] = "olmo_jax"
-    return results
+    return {
+        "model": model if step is None else f"{model} at step {step}",
+        "limit": limit,
+        "as_published": False,
+        "harness": version("lm_eval"),
+        "tasks": {
+            name: _task(results["results"][name], samples)
+            for name, samples in results["samples"].items()
+        },
+        "suites": {},
+    }
+
+
+def _task(metrics: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """lm-eval calls a metric `acc,none` after its filter, and its error `acc_stderr,none`."""
+    values = {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if "," in name and "_stderr," not in name and isinstance(value, int | float)
+    }
+    first = next(iter(values))
+    name, _, kind = first.partition(",")
+    stderr = metrics.get(f"{name}_stderr,{kind or 'none'}")
+    kept = [s for s in samples if s["filter"] == (kind or "none")]
+    return {
+        "metric": first,
+        "metrics": values,
+        "stderr": stderr if isinstance(stderr, float) else None,
+        "items": [
+            {
+                "doc": sample["doc_id"],
+                "values": {first if m == name else m: sample[m] for m in sample["metrics"]},
+                "answers": sample["filtered_resps"],
+            }
+            for sample in sorted(kept, key=lambda s: s["doc_id"])
+        ],
+    }
 
 
 def main() -> None:

@@ -31,9 +31,9 @@ def render(template: str, **values) -> str:
     )
 
 
-def write_page(path: Path, page: str) -> None:
-    """Writes a page whole or not at all. Raises UserError."""
+def write_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises UserError."""
     try:
-        write_bytes(path, page.encode())
+        write_bytes(path, text.encode())
     except OSError as error:
         raise write_error(path, error) from None

@@ -138,7 +138,7 @@ def evaluate(
     labels = expand(names)
     requests = Requests([load_task(label, limit) for label in labels], tokenizer, eos_id)
     scorer = scorer or Scorer(model)
-    part = None if out is None else _Part(out, _fingerprint(scorer.model, requests.pairs))
+    part = None if out is None else _Part(out, fingerprint(scorer.model, requests.pairs))
     scores = {} if part is None else part.scores
     try:
         for i, score in scorer(requests.pairs, progress, done=set(scores)):
@@ -246,7 +246,7 @@ class _Part:
         self._file.close()
 
 
-def _fingerprint(model: Transformer, pairs: Sequence[Pair]) -> str:
+def fingerprint(model: Transformer, pairs: Sequence[Pair]) -> str:
     """Of the requests and of a sample of every weight: what a part's scores belong to."""
     digest = hashlib.sha256(repr(model.config).encode())
     for pair in pairs:

@@ -11,11 +11,13 @@ import zstandard
 from exported import FAMILIES, TEXT, export, model_of, transformers_model
 
 import olmo_jax
+from olmo_jax import cli
 from olmo_jax.convert.load import load_tokenizer
 from olmo_jax.errors import UserError
 from olmo_jax.eval.domains import (
     Document,
     bits_per_byte,
+    evaluate,
     resampled_sums,
     score_documents,
     summarize,
@@ -48,7 +50,8 @@ def scored(folder):
     (folder / "b.jsonl.zst").write_bytes(zstandard.compress(lines(ROWS[3:])))
     paths = [str(folder / name) for name in ("a.jsonl.gz", "b.jsonl.zst")]
     tokenizer, eos = load_tokenizer(folder)
-    return list(score_documents(Scorer(olmo_jax.load(folder)), tokenizer, eos, paths))
+    (block,) = score_documents(Scorer(olmo_jax.load(folder)), tokenizer, eos, paths)
+    return block
 
 
 def reference(theirs, tokenizer, eos, text) -> tuple[float, int]:
@@ -94,6 +97,52 @@ def test_documents_and_domains_equal_transformers(folder, scored):
     assert found["macro"]["bits_per_byte"] == pytest.approx(np.mean(list(bits.values())), rel=1e-5)
     mean = np.mean(list(perplexities.values()))
     assert found["macro"]["perplexity"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("olmo_jax.eval.domains._BLOCK", 2)
+    rows = [row | {"text": row["text"] or "x"} for row in ROWS] + ROWS[3:]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    tokenizer, eos = load_tokenizer(folder)
+    scorer = Scorer(olmo_jax.load(folder))
+    blocks = []
+
+    def run(out, after=None):
+        def count(done, total):
+            blocks.append(done)
+            if len(blocks) == after:
+                raise KeyboardInterrupt
+
+        blocks.clear()
+        paths, name = [str(tmp_path / "a.jsonl")], "m"
+        return evaluate(
+            scorer, tokenizer, eos, paths, name=name, out=tmp_path / out, progress=count
+        )
+
+    whole = run("whole.json")
+    assert len(blocks) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run("killed.json", after=3)
+    with open(tmp_path / "killed.json.part", "ab") as file:
+        file.write(b'[["plays", "a')  # a kill in the middle of a line
+    assert not (tmp_path / "killed.json").exists()
+    run("killed.json")
+    assert len(blocks) == 2  # of four, two were there
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not (tmp_path / "killed.json.part").exists()
+    saved = json.loads((tmp_path / "whole.json").read_text())
+    assert saved["micro"] == whole["micro"] and len(saved["documents"]) == 7
+
+
+def test_the_command_prints_each_domain(folder, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    out = tmp_path / "x.json"
+    command = ["eval", str(folder), f"--domains={tmp_path / 'a.jsonl'}", f"--out={out}"]
+    assert cli.run(command) == 0
+    shown = capsys.readouterr().out
+    saved = json.loads(out.read_text())
+    for row in (*saved["domains"].values(), saved["micro"], saved["macro"]):
+        assert f"{row['bits_per_byte']:.4f}" in shown
 
 
 def test_every_id_but_the_first_is_scored_once():
