@@ -36,6 +36,7 @@ def attention(
         return _on_one_device(q_BTHC, k_BSKC, v_BSKC, mask, kernels)
     tensor, K = mesh.shape["tensor"], k_BSKC.shape[2]
     rows, time, heads, _ = cuts(mesh, ("batch", "time", "heads", None), q_BTHC.shape)
+    assert not time or mask.last_reader_BT is None  # a tree's row is whole on a device
     # Fewer key heads than devices are whole on each, which takes the one that its queries need.
     few = bool(heads) and K % tensor != 0
     assert not few or tensor % K == 0, (tensor, K)  # refused at the start

@@ -1,6 +1,12 @@
 """Evaluation end to end: equal to transformers, resumed to the same file, read by people."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from olmo_jax.eval.run import evaluate
 from olmo_jax.eval.scoring import Scorer
 from olmo_jax.eval.tasks import load_task
 
+ROOT = Path(__file__).parents[2]
 TASKS = [
     "arc_easy",
     "hellaswag_rc_5shot",
@@ -96,6 +103,27 @@ def test_a_killed_evaluation_goes_on_to_the_same_file(tmp_path, hf_model):
     page = (tmp_path / "whole.html").read_text()
     assert "arc_easy:bpb" in page and f"{task['metrics']['acc']:.4f}" in page
     assert "http://" not in page and "https://" not in page
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_ends_with_the_same_file(tmp_path, hf_model):
+    folder, _ = hf_model("olmo2")
+
+    def start(out):
+        command = ["eval", str(folder), "--tasks=arc_easy,piqa,boolq", f"--out={tmp_path / out}"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "olmo_jax.cli", *command, "--limit=400"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    assert start("whole.json").wait() == 0
+    part, killed = tmp_path / "r.json.part", start("r.json")
+    while killed.poll() is None and (not part.exists() or part.stat().st_size < 50_000):
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and part.exists()
+    assert start("r.json").wait() == 0
+    assert (tmp_path / "r.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_the_command(tmp_path, hf_model, capsys):
