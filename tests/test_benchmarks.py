@@ -22,6 +22,17 @@ def test_generation_is_measured_on_the_same_tokens(tmp_path):
     assert {"date", "torch", "transformers", "environment", "command"} <= set(result)
 
 
+@pytest.mark.slow
+def test_scoring_is_measured_on_the_same_requests(tmp_path):
+    """The vocabulary of the tiny shape is too small for a byte-level tokenizer: the demo's."""
+    command = [sys.executable, "-m", "benchmarks", "--only=score", "--shape=demo"]
+    command += ["--rounds=1", f"--out={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    result = json.loads((tmp_path / "score.json").read_text())
+    assert result["largest_difference"] < 1e-3
+    assert result["requests"] >= 4 * 95 and result["ratio"] > 0
+
+
 def convert_result(tmp_path, shape):
     command = [sys.executable, "-m", "benchmarks", "--only=convert", f"--shape={shape}"]
     command += ["--rounds=1", f"--out={tmp_path}"]
