@@ -6,7 +6,7 @@ Reads what `olmo-jax eval --out` writes: tasks, domains, or lm-eval's tasks.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ def read_folder(folder: Path) -> list[Result]:
     return sorted(results, key=lambda result: result.step or 0)
 
 
-def plots(folders: dict[str, Sequence[Result]]) -> list[Plot]:
+def plots(folders: Mapping[str, Sequence[Result]]) -> list[Plot]:
     """A plot for each task: its value over the step, a curve for each folder."""
     metrics = {
         task: items.metric

@@ -193,7 +193,7 @@ def summarize(documents: Sequence[Document], seed: int = 0) -> dict[str, Any]:
         drawn.append(resampled_sums(values, rng))
         rows[name] = {"documents": len(own)} | _counts(sums[-1]) | _figures(sums[-1], drawn[-1])
     total, total_drawn = np.sum(sums, axis=0), np.sum(drawn, axis=0)
-    macro = {}
+    macro: dict[str, Any] = {}
     for figure in (bits_per_byte, perplexity):
         value = np.mean([figure(s) for s in sums])
         macro |= _with_interval(figure.__name__, value, np.mean([figure(d) for d in drawn], axis=0))
@@ -223,7 +223,7 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
 
 
 def _figures(sums: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for figure in (bits_per_byte, perplexity):
         out |= _with_interval(figure.__name__, figure(sums), figure(drawn))
     return out

@@ -144,7 +144,8 @@ class OlmoJax(TemplateLM):
         engine = Engine(self.model, slots=max(1, min(self.slots, len(requests))))
         texts: dict[int, tuple[int, list[int], list[str]]] = {}
         for n, request in enumerate(requests):
-            asked, stops = self._request(*request.args, seed=n)
+            context, options = request.args
+            asked, stops = self._request(context, options, n)
             texts[engine.submit(asked)] = n, [], stops
         out = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as bar:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class Inspection:
 
     def save(self, path: str | Path) -> None:
         """An .npz of every array, activations under their own names. Raises UserError."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "ids": self.ids_T,
             "pieces": np.array(self.pieces),
             "losses": self.losses_T,
@@ -68,7 +69,7 @@ class Inspection:
         }
         try:
             with replacing(Path(path)) as file:
-                np.savez_compressed(file, **arrays, **self.activations)
+                np.savez_compressed(file, **(arrays | self.activations))
         except OSError as error:
             raise write_error(Path(path), error) from None
 
@@ -222,7 +223,8 @@ def _pieces(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer | None) -> lis
     def decode(*ids: int) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    pieces, before = [], []
+    pieces: list[str] = []
+    before: list[int] = []
     for i in map(int, ids):
         alone, after, both = decode(i), decode(*before), decode(*before, i)
         pieces.append(both[len(after) :] if both.startswith(after) and before else alone)
