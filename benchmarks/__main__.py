@@ -109,7 +109,7 @@ def experts(rounds: int, steps: int = 8) -> dict:
 
 
 def generate(rounds: int, shapes: tuple[str, ...]) -> dict:
-    """Greedy decoding at batch 1, float32, the same exported model."""
+    """Greedy decoding at batch 1 and 16, float32, the same exported model."""
     import torch
     from transformers import Olmo2ForCausalLM
 
@@ -117,22 +117,28 @@ def generate(rounds: int, shapes: tuple[str, ...]) -> dict:
 
     out: dict = {"rounds": rounds}
     for shape in shapes:
+        out[shape] = {}
+        table = Table("", "tokens/s", "ours / this", title=f"generate {shape}, greedy")
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             Olmo2ForCausalLM(transformers_config(shape)).save_pretrained(folder)
-            figures: dict[str, list[dict]] = {"olmo_jax": [], "eager": []}
-            for _ in range(rounds):
-                for name in figures:
-                    figures[name].append(worker("generate", name, shape, folder))
-        same = all(a["ids"] == figures["eager"][0]["ids"] for f in figures.values() for a in f)
-        result: dict = {name: medians(rows) for name, rows in figures.items()}
-        ours, theirs = (result[n]["tokens_per_second"] for n in ("olmo_jax", "eager"))
-        out[shape] = result | {"ratio": ours / theirs, "same_tokens": same}
-        table = Table("", "tokens/s", "ours / this", title=f"generate {shape}, batch 1, greedy")
-        table.add_row("olmo_jax", f"{ours:,.0f}", "1.00")
-        table.add_row("transformers", f"{theirs:,.0f}", f"{ours / theirs:.2f}")
+            for batch in (1, 16):
+                figures: dict[str, list[dict]] = {"olmo_jax": [], "eager": []}
+                for _ in range(rounds):
+                    for name in figures:
+                        figures[name].append(worker("generate", name, shape, f"{folder}:{batch}"))
+                first = figures["eager"][0]["ids"]
+                same = all(a["ids"] == first for rows in figures.values() for a in rows)
+                result: dict = {name: medians(rows) for name, rows in figures.items()}
+                ours, theirs = (result[n]["tokens_per_second"] for n in ("olmo_jax", "eager"))
+                result |= {"ratio": ours / theirs, "same_tokens": same}
+                out[shape][f"batch_{batch}"] = result
+                table.add_row(f"olmo_jax, batch {batch}", f"{ours:,.0f}", "1.00")
+                table.add_row(
+                    f"transformers, batch {batch}", f"{theirs:,.0f}", f"{ours / theirs:.2f}"
+                )
+                print(f"batch {batch}:", "the same tokens" if same else "the tokens differ")
         Console().print(table)
-        print("the same tokens" if same else "the tokens differ")
     return out
 
 

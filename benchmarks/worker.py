@@ -1,7 +1,7 @@
 """One contender in a process of its own; prints its figures as one JSON line.
 
 python -m benchmarks.worker train olmo_jax|eager|compile SHAPE STEPS
-python -m benchmarks.worker generate olmo_jax|eager SHAPE FOLDER
+python -m benchmarks.worker generate olmo_jax|eager SHAPE FOLDER:BATCH
 python -m benchmarks.worker score olmo_jax|hf:BATCH QUESTIONS FOLDER
 python -m benchmarks.worker make olmo_jax SHAPE FOLDER
 python -m benchmarks.worker convert transformers|to_orbax|to_hf SHAPE FOLDER
@@ -22,7 +22,7 @@ from benchmarks.shapes import (
     transformers_config,
 )
 
-PROMPT, NEW_TOKENS = [5, 17, 3, 99], 200
+PROMPT, NEW_TOKENS = [5, 17, 3, 99], 200  # the last one is more than the largest batch
 
 
 def train_olmo_jax(shape: str, steps: int) -> list[float]:
@@ -73,35 +73,41 @@ def train_transformers(shape: str, steps: int, compiled: bool) -> list[float]:
     return seconds
 
 
-def generate_olmo_jax(folder: str) -> tuple[list[int], list[float]]:
+def prompts(batch: int) -> list[list[int]]:
+    """The same first tokens, and one that tells the rows apart."""
+    return [[*PROMPT[:-1], PROMPT[-1] - row] for row in range(batch)]
+
+
+def generate_olmo_jax(folder: str, batch: int) -> tuple[list[list[int]], list[float]]:
     import olmo_jax
-    from olmo_jax.generate import generate
+    from olmo_jax.generate import Request, generate_batch
 
     model = olmo_jax.load(folder)
     n = min(NEW_TOKENS, model.config.context_length - len(PROMPT))
+    requests = [Request(tuple(prompt), n) for prompt in prompts(batch)]
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        ids = list(generate(model, PROMPT, n))
+        completions = generate_batch(model, requests)
         seconds.append(time.perf_counter() - start)
-    return ids, seconds
+    return [completion.token_ids for completion in completions], seconds
 
 
-def generate_transformers(folder: str) -> tuple[list[int], list[float]]:
+def generate_transformers(folder: str, batch: int) -> tuple[list[list[int]], list[float]]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     n = min(NEW_TOKENS, model.config.max_position_embeddings - len(PROMPT))
-    prompt = torch.tensor([PROMPT])
+    given = torch.tensor(prompts(batch))
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False
+            given, attention_mask=torch.ones_like(given), max_new_tokens=n, do_sample=False
         )
         seconds.append(time.perf_counter() - start)
-    return out[0, len(PROMPT) :].tolist(), seconds
+    return out[:, len(PROMPT) :].tolist(), seconds
 
 
 def arc_easy(questions: int) -> list[tuple[str, str]]:
@@ -254,8 +260,9 @@ def main(what: str, program: str, shape: str = "", last: str = "") -> None:
         figures["first_step_seconds"] = seconds[0]
     else:
         run = generate_olmo_jax if program == "olmo_jax" else generate_transformers
-        ids, seconds = run(last)
-        figures = {"tokens_per_second": len(ids) / min(seconds[1:]), "ids": ids}
+        folder, batch = last.rsplit(":", 1)
+        ids, seconds = run(folder, int(batch))
+        figures = {"tokens_per_second": sum(map(len, ids)) / min(seconds[1:]), "ids": ids}
     print(json.dumps(figures | {"peak_memory_mb": peak_memory_mb()}))
 
 

@@ -6,7 +6,6 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data, cli_eval, cli_inspect, cli_launch, cli_plan
+from olmo_jax import cli_data, cli_eval, cli_generate, cli_inspect, cli_launch, cli_plan
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
@@ -41,6 +40,8 @@ app.add_typer(cli_launch.app, name="launch")
 app.command(context_settings=GIN)(cli_plan.plan)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_inspect.inspect)
+app.command()(cli_generate.generate)
+app.command()(cli_generate.chat)
 
 
 def main() -> None:
@@ -265,51 +266,6 @@ def convert(
 
 
 @app.command()
-def generate(
-    model: Annotated[
-        str,
-        Argument(
-            help="A run folder, one of its checkpoints, or any folder, hub id or address that "
-            "convert reads."
-        ),
-    ],
-    prompt: Annotated[str, Option("--prompt", help="The text to go on from.")] = "",
-    max_tokens: Annotated[int, Option("--max_tokens", help="At most so many tokens.")] = 100,
-    temperature: Annotated[
-        float, Option("--temperature", help="0 takes the likeliest token each time.")
-    ] = 0.8,
-    top_k: Annotated[int | None, Option("--top_k", help="Only the K likeliest tokens.")] = None,
-    top_p: Annotated[
-        float, Option("--top_p", help="Only the likeliest tokens that reach this probability.")
-    ] = 1.0,
-    seed: Annotated[int, Option("--seed", help="The same seed gives the same text.")] = 0,
-) -> None:
-    """Let a model continue a text, on stdout as it comes; tokens/s at the end, on stderr.
-
-    ```
-    olmo-jax generate runs/demo --prompt="**MACBETH**" --max_tokens=200
-    ```
-    """
-    from olmo_jax.convert.load import load, load_tokenizer
-    from olmo_jax.generate import Sampling, generate_text
-
-    sampling, ids = Sampling(temperature, top_k, top_p), list[int]()
-    tokenizer, eos_id = load_tokenizer(model)
-    pieces = generate_text(
-        load(model), tokenizer, prompt, max_tokens, sampling, eos_id=eos_id, seed=seed, ids=ids
-    )
-    print(prompt, end="", flush=True)
-    first, start = 0, 0.0
-    for piece in pieces:
-        if not first:  # it has waited for compilation
-            first, start = len(ids), time.perf_counter()
-        print(piece, end="", flush=True)
-    speed = (len(ids) - first) / (time.perf_counter() - start)
-    print()
-    print(f"{len(ids)} tokens, {speed:,.0f} tokens/s after the first", file=sys.stderr)
-
-
-@app.command()
 def report(
     run: Annotated[str, Argument(help="A run folder.")],
     baselines: Annotated[
@@ -416,15 +372,21 @@ class Samples:
                 )
 
     def __call__(self, model, step: int) -> "Evaluation":
-        from olmo_jax.generate import Sampling, generate_text
+        from olmo_jax.generate import Request, Sampling, generate_batch
+        from olmo_jax.generate.text import encode_prompt
         from olmo_jax.train.evaluate import Evaluation
 
-        samples, sampling = [], Sampling(temperature=0.8, top_p=0.95)
+        eos_ids = () if self.eos_id is None else (self.eos_id,)
+        requests = []
         for prompt in self.prompts:
-            pieces = generate_text(
-                model, self.tokenizer, prompt, self.max_tokens, sampling, eos_id=self.eos_id
-            )
-            samples.append((prompt, "".join(pieces)))
+            ids = tuple(encode_prompt(self.tokenizer, prompt, self.eos_id))
+            sampling = Sampling(temperature=0.8, top_p=0.95)
+            requests.append(Request(ids, self.max_tokens, sampling, eos_ids=eos_ids))
+        texts = [
+            self.tokenizer.decode(completion.token_ids, skip_special_tokens=False)
+            for completion in generate_batch(model, requests)
+        ]
+        samples = list(zip(self.prompts, texts, strict=True))
         return Evaluation({}, samples)
 
 

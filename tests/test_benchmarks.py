@@ -17,8 +17,9 @@ def test_generation_is_measured_on_the_same_tokens(tmp_path):
     command += ["--rounds=1", f"--out={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
     result = json.loads((tmp_path / "generate.json").read_text())
-    assert result["tiny"]["same_tokens"]
-    assert result["tiny"]["ratio"] > 0
+    for batch in ("batch_1", "batch_16"):
+        assert result["tiny"][batch]["same_tokens"]
+        assert result["tiny"][batch]["ratio"] > 0
     assert {"date", "torch", "transformers", "environment", "command"} <= set(result)
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,6 +18,7 @@ COMMANDS = [
     ["fork"],
     ["convert"],
     ["generate"],
+    ["chat"],
     ["report"],
     ["models"],
     ["plan"],
@@ -232,7 +234,7 @@ def test_samples_that_do_not_fit_the_context_are_refused_before_training(tokens,
     assert not (tmp_path / "run").exists()
 
 
-def test_train_fork_convert_generate_report(tokens, tmp_path, capfd):
+def test_train_fork_convert_generate_report(tokens, tmp_path, capfd, monkeypatch):
     run, forked, exported = (str(tmp_path / name) for name in ("run", "forked", "hf"))
     assert cli.run(["train", *tokens, f"--gin.Train.run_dir={run}"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -274,6 +276,26 @@ def test_train_fork_convert_generate_report(tokens, tmp_path, capfd):
         assert out.startswith("The cat") and "tokens/s" in err
         texts.append(out)
     assert texts[0] == texts[1]
+    # Several at once, resumed after a kill in the middle of the second line: the same texts.
+    prompts, whole = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "The cat"}\n{"prompt": "A"}\n')
+    command = ["generate", run, f"--prompts={prompts}", "--max_tokens=8", "--temperature=0"]
+    assert cli.run(command) == 0
+    lines = capfd.readouterr().out
+    assert [json.loads(line)["prompt"] for line in lines.splitlines()] == ["The cat", "A"]
+    assert "The cat" + json.loads(lines.splitlines()[0])["text"] == texts[0].removesuffix("\n")
+    assert cli.run([*command, f"--out={whole}"]) == 0
+    assert whole.read_text() == lines
+    whole.unlink()
+    monkeypatch.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))
+    assert cli.run([*command, f"--out={whole}"]) == 130
+    monkeypatch.undo()
+    (part,) = tmp_path.glob(".texts.jsonl.*.part")
+    part.write_text(lines[:-5])
+    assert cli.run([*command, f"--out={whole}"]) == 0
+    assert whole.read_text() == lines and not part.exists()
+    assert cli.run(["chat", run]) == 2
+    assert "has no chat template" in capfd.readouterr().err
 
     (tmp_path / "b.json").write_text('{"somebody else": 1.25}')
     assert cli.run(["report", run, f"--baselines={tmp_path / 'b.json'}"]) == 0

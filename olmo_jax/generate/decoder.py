@@ -5,7 +5,7 @@ as many cache entries as a bucket says, or as a layer's window. Nothing here kno
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax import lax
 
 from olmo_jax.generate.sampling import SamplingRows, sample
 from olmo_jax.model.config import ModelConfig
+from olmo_jax.model.layers import Linear
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.model.transformer import Transformer
 from olmo_jax.ops.attention import AttentionMask, alibi_slopes
@@ -43,6 +44,34 @@ class Chosen(NamedTuple):
     top_logprob_BN: Any
 
 
+class Projection(nnx.Module):
+    """y = x W + b with W stored (out, in), in the compute type; `rows_last` is CPU's form."""
+
+    def __init__(self, weight_IO, bias, dtype, rows_last: bool):
+        self.weight = nnx.Param(weight_IO.T.astype(dtype))
+        self.bias = None if bias is None else nnx.Param(bias.astype(dtype))
+        self.rows_last = rows_last
+
+    def __call__(self, x):
+        y = product(self.weight[...], x.reshape(-1, x.shape[-1]), self.rows_last).T
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def product(w_OI, x_NI, rows_last: bool, **options):
+    """W x^T, (out, N).
+
+    XLA:CPU multiplies W (out, in) with columns at memory speed, but x (2 to 16 rows, in) with W
+    (in, out) by a slow path: 7.5 against 20 ms of processor time for 16 rows and 33 MB of weights.
+    The barriers keep it from folding the turns of the small operands into the product: 28 ms.
+    """
+    if not rows_last:
+        return jnp.einsum("oi,ni->on", w_OI, x_NI, **options)
+    x_IN = lax.optimization_barrier(x_NI.T)
+    return lax.optimization_barrier(jnp.dot(w_OI, x_IN, **options))
+
+
 class Decoder(nnx.Module):
     """A model whose layers lie apart: a slice of a stack would be copied at every token."""
 
@@ -53,12 +82,20 @@ class Decoder(nnx.Module):
             nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked))
             for i in range(model.config.n_layers)
         )
+        dtype, rows_last = model.config.compute_dtype, model.kernels.linear == "flat"
         for layer in self.layers:
             # The form that any placement of the weights can run, as in training's samples.
             kernels = layer.attention.kernels
             layer.attention.kernels = replace(kernels, attention="blocked")
-        self.head = nnx.Param(model.head_DV())
-        self.config = model.config
+            for part in (layer.attention, layer.mlp):
+                for name, module in list(vars(part).items()):
+                    if isinstance(module, Linear):
+                        bias = None if module.bias is None else module.bias[...]
+                        setattr(part, name, Projection(module.weight[...], bias, dtype, rows_last))
+        # A tied head is the embedding itself, which lies as it should.
+        tied = model.lm_head is None
+        self.head = None if tied else Projection(model.head_DV(), None, dtype, rows_last)
+        self.config, self.rows_last = model.config, rows_last
 
     def __call__(self, tokens_BT, position_BT, cache: list[Cache] | None):
         """The final norm's output, and each layer's keys and values as its attention gives them."""
@@ -75,9 +112,10 @@ class Decoder(nnx.Module):
         return self.final_norm(x_BTD), out
 
     def logits(self, x_BD):
-        """float32 logits (B, V)."""
-        head_DV = self.head[...].astype(x_BD.dtype)
-        return jnp.dot(x_BD, head_DV, preferred_element_type=jnp.float32)
+        """float32 logits, (V, B): to turn them costs as much as half the head's product."""
+        w_VD = self.embed.weight[...] if self.head is None else self.head.weight[...]
+        w_VD = w_VD.astype(x_BD.dtype)
+        return product(w_VD, x_BD, self.rows_last, preferred_element_type=jnp.float32)
 
 
 @jax.jit
@@ -86,36 +124,51 @@ def unstacked(model: Transformer) -> Decoder:
     return Decoder(model)
 
 
+class Structure:
+    """What of a decoder is no weight. Hashed by identity: a GraphDef's own hash took 5 ms, at each
+    call of a program."""
+
+    def __init__(self, graph: nnx.GraphDef):
+        self.graph = graph
+
+
+structure = lru_cache(maxsize=16)(Structure)  # one for all decoders that are alike
+
+
 def choose(
-    logits_BV, rows: SamplingRows, seen_BV, position_B, wants_logprobs
+    logits_VB, rows: SamplingRows, seen_BV, position_B, wants_logprobs
 ) -> tuple[Chosen, jax.Array]:
     """The tokens at position_B, and what is seen with them."""
-    token_B = sample(logits_BV, rows, seen_BV, position_B)
-    B, V = logits_BV.shape
+    token_B = sample(logits_VB, rows, seen_BV, position_B)
+    V, B = logits_VB.shape
     n = min(TOP, V)
 
-    def logprobs(logits_BV):
-        log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    def logprobs(logits_VB):
+        log_BV = jax.nn.log_softmax(logits_VB.T, axis=-1)
         top_logprob_BN, top_BN = lax.top_k(log_BV, n)
         return jnp.take_along_axis(log_BV, token_B[:, None], axis=1)[:, 0], top_BN, top_logprob_BN
 
     def none(_):
         return jnp.zeros(B), jnp.zeros((B, n), jnp.int32), jnp.zeros((B, n))
 
-    out = Chosen(token_B, *lax.cond(wants_logprobs, logprobs, none, logits_BV))
+    out = Chosen(token_B, *lax.cond(wants_logprobs, logprobs, none, logits_VB))
     return out, seen_BV.at[jnp.arange(B), token_B].set(True)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(config: ModelConfig, slots: int, length: int) -> State:
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def empty(config: ModelConfig, weights, slots: int, length: int) -> State:
     """Caches for `length` positions, or a window's where that is less."""
+    some = jax.tree.leaves(weights)[0].reshape(-1)[0]
+    nothing = jnp.where(some == some, 0, 0)  # made of the weights to lie on all their devices
 
     def layer(window):
         size = min(window or length, length)
-        zeros = jnp.zeros((slots, config.kv_heads, size, config.head_width), config.compute_dtype)
+        shape = slots, config.kv_heads, size, config.head_width
+        zeros = jnp.broadcast_to(nothing.astype(config.compute_dtype), shape)
         return zeros, zeros
 
-    return State([layer(w) for w in config.windows], jnp.zeros((slots, config.rows), jnp.bool_))
+    seen_BV = jnp.broadcast_to(nothing != 0, (slots, config.rows))
+    return State([layer(w) for w in config.windows], seen_BV)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -132,10 +185,10 @@ def grown(config: ModelConfig, state: State, length: int) -> State:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    graph, weights, state: State, tokens_RT, n_R, slot_R, rows: SamplingRows, wants_logprobs
-) -> tuple[Chosen, State]:
-    """Fills slots from prompts of n_R tokens, padded to T, and chooses each one's first token."""
-    decoder = nnx.merge(graph, weights)
+    structure: Structure, weights, state: State, tokens_RT, n_R, slot_R
+) -> tuple[jax.Array, State]:
+    """Fills slots from prompts of n_R tokens, padded to T; the logits (V, R) after each."""
+    decoder = nnx.merge(structure.graph, weights)
     R, T = tokens_RT.shape
     x_RTD, new = decoder(tokens_RT, jnp.arange(T)[None], None)
 
@@ -148,29 +201,43 @@ def prefill(
 
     cache = [tuple(map(put, old, kv)) for old, kv in zip(state.cache, new, strict=True)]
     row_R = jnp.arange(R)
-    V = state.seen_BV.shape[1]
-    valid_RT = jnp.arange(T) < n_R[:, None]
-    seen_RV = jnp.zeros((R, V), jnp.bool_)
-    seen_RV = seen_RV.at[row_R[:, None], tokens_RT].max(valid_RT)
-    logits_RV = decoder.logits(x_RTD[row_R, n_R - 1])
-    chosen, seen_RV = choose(logits_RV, rows, seen_RV, n_R, wants_logprobs)
-    return chosen, State(cache, state.seen_BV.at[slot_R].set(seen_RV))
+    seen_RV = jnp.zeros((R, state.seen_BV.shape[1]), jnp.bool_)
+    seen_RV = seen_RV.at[row_R[:, None], tokens_RT].max(jnp.arange(T) < n_R[:, None])
+    logits_VR = decoder.logits(x_RTD[row_R, n_R - 1])
+    return logits_VR, State(cache, state.seen_BV.at[slot_R].set(seen_RV))
+
+
+@partial(jax.jit, donate_argnums=0)
+def first(
+    seen_BV, logits_VR, rows: SamplingRows, slot_R, position_R, wants_logprobs
+) -> tuple[Chosen, jax.Array]:
+    """The tokens that follow prompts: apart from `prefill`, so that it is compiled once and not for
+    each length of prompts."""
+    chosen, seen_RV = choose(logits_VR, rows, seen_BV[slot_R], position_R, wants_logprobs)
+    return chosen, seen_BV.at[slot_R].set(seen_RV)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    graph, weights, state: State, token_B, position_B, rows: SamplingRows, wants_logprobs, steps
+    structure: Structure,
+    weights,
+    state: State,
+    token_B,
+    position_B,
+    rows: SamplingRows,
+    wants_logprobs,
+    steps,
 ) -> tuple[Chosen, State]:
     """The next `steps` (at most STEPS) tokens of every slot after token_B at position_B; each part
     of the result with a leading axis of STEPS."""
-    decoder = nnx.merge(graph, weights)
+    decoder = nnx.merge(structure.graph, weights)
 
     def one(i, carry):
         token_B, state, out = carry
         at_B = position_B + i
         x_B1D, cache = decoder(token_B[:, None], at_B[:, None], state.cache)
-        logits_BV = decoder.logits(x_B1D[:, 0])
-        chosen, seen_BV = choose(logits_BV, rows, state.seen_BV, at_B + 1, wants_logprobs)
+        logits_VB = decoder.logits(x_B1D[:, 0])
+        chosen, seen_BV = choose(logits_VB, rows, state.seen_BV, at_B + 1, wants_logprobs)
         out = jax.tree.map(lambda all_, new: all_.at[i].set(new), out, chosen)
         return chosen.token_B, State(cache, seen_BV), out
 

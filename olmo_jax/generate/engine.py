@@ -24,6 +24,7 @@ Finish = Literal["stop", "length"]
 # A cache has entries for so many positions beyond the longest prompt before it first grows.
 _AHEAD = 256
 _SMALLEST = 64
+_SMALLEST_PROMPT = 16
 # Tokens, padding included, of prompts that are filled in together: bounds memory, and how long the
 # slots that decode have to wait.
 _PREFILL_TOKENS = 4096
@@ -109,7 +110,9 @@ class Engine:
                 f"max_length = {max_length}: it must be from 2 to the model's context of "
                 f"{config.context_length}"
             )
-        self._graph, self._weights = nnx.split(decoder.unstacked(model))
+        graph, weights = nnx.split(decoder.unstacked(model))
+        self._structure = decoder.structure(graph)
+        self._weights = nnx.to_pure_dict(weights)
         self._slots: list[_Running | None] = [None] * slots
         self._waiting: deque[tuple[int, Request]] = deque()
         self._state: decoder.State | None = None
@@ -190,7 +193,9 @@ class Engine:
         # Together those of one bucket, as many at once as a power of 4: few shapes, no empty rows.
         groups: dict[int, list[int]] = {}
         for slot, (_, request) in zip(free, taken, strict=False):
-            groups.setdefault(self._bucket(len(request.prompt_ids)), []).append(slot)
+            groups.setdefault(self._bucket(len(request.prompt_ids), _SMALLEST_PROMPT), []).append(
+                slot
+            )
         for T, slots in groups.items():
             while slots:
                 rows = 1
@@ -200,23 +205,21 @@ class Engine:
                 slots = slots[rows:]
 
     def _prefill(self, slots: list[int], T: int, events: dict[int, Event]) -> None:
-        runs = [self._slots[slot] for slot in slots]
-        running = [r for r in runs if r]
+        running = [r for slot in slots if (r := self._slots[slot])]
         tokens_RT = np.zeros((len(running), T), np.int32)
         for row_T, r in zip(tokens_RT, running, strict=True):
             row_T[: r.length] = r.request.prompt_ids
         n_R = np.array([r.length for r in running], np.int32)
         self.prompt_tokens += int(n_R.sum())
-        chosen, self._state = decoder.prefill(
-            self._graph,
-            self._weights,
-            self._state,
-            tokens_RT,
-            n_R,
-            np.array(slots, np.int32),
-            SamplingRows.of([(r.request.sampling, r.request.seed) for r in running]),
-            _wants_logprobs(running),
+        slot_R = np.array(slots, np.int32)
+        logits_VR, state = decoder.prefill(
+            self._structure, self._weights, self._state, tokens_RT, n_R, slot_R
         )
+        rows = SamplingRows.of([(r.request.sampling, r.request.seed) for r in running])
+        chosen, seen_BV = decoder.first(
+            state.seen_BV, logits_VR, rows, slot_R, n_R, _wants_logprobs(running)
+        )
+        self._state = state._replace(seen_BV=seen_BV)
         values = _values(chosen, running)
         for i, slot in enumerate(slots):
             self._take(slot, jax.tree.map(lambda a, i=i: a[i : i + 1], values), events)
@@ -229,7 +232,7 @@ class Engine:
         self._make_room(steps)
         rows = [(r.request.sampling, r.request.seed) if r else _FREE for r in self._slots]
         chosen, self._state = decoder.decode(
-            self._graph,
+            self._structure,
             self._weights,
             self._state,
             np.array([r.last if r else 0 for r in self._slots], np.int32),
@@ -272,9 +275,9 @@ class Engine:
 
     # --- the cache --------------------------------------------------------------------------------
 
-    def _bucket(self, n: int) -> int:
+    def _bucket(self, n: int, smallest: int) -> int:
         """A power of two that holds n positions, or all there ever are."""
-        return min(max(_SMALLEST, 1 << (n - 1).bit_length()), self.max_length)
+        return min(max(smallest, 1 << (n - 1).bit_length()), self.max_length)
 
     def _make_room(self, steps: int = 0) -> None:
         """Gives the cache entries for what the slots hold and for what comes soon."""
@@ -282,9 +285,9 @@ class Engine:
         needed = max(r.length + min(r.left, steps) for r in self._slots if r)
         if self._state is not None and needed <= self._length:
             return
-        length = self._bucket(longest)
+        length = self._bucket(longest, _SMALLEST)
         if self._state is None:
-            self._state = decoder.empty(self.config, len(self._slots), length)
+            self._state = decoder.empty(self.config, self._weights, len(self._slots), length)
         else:
             self._state = decoder.grown(self.config, self._state, length)
         self._length = length

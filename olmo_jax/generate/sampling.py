@@ -6,6 +6,7 @@ no row asks for is skipped at run time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -74,28 +75,27 @@ class SamplingRows(NamedTuple):
 
 
 def sample(
-    logits_BV: jax.Array, rows: SamplingRows, seen_BV: jax.Array, position_B: jax.Array
+    logits_VB: jax.Array, rows: SamplingRows, seen_BV: jax.Array, position_B: jax.Array
 ) -> jax.Array:
     """One token id a row, int32 (B,): a function of the row's logits, choice, seed and position,
     whatever the other rows are. seen_BV: tokens that a repetition penalty is for.
 
     The likeliest token always passes; of several with the same logit at an edge, all do.
     """
-    penalty_B1 = rows.penalty_B[:, None]
-    logits_BV = lax.cond(
-        jnp.any(penalty_B1 != 1),
-        lambda x: jnp.where(seen_BV, jnp.where(x > 0, x / penalty_B1, x * penalty_B1), x),
-        lambda x: x,
-        logits_BV,
-    )
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    def draw(logits_BV):
-        temperature_B1 = jnp.where(rows.temperature_B == 0, 1, rows.temperature_B)[:, None]
-        scaled_BV = logits_BV / temperature_B1
-        V = logits_BV.shape[1]
-        cuts = jnp.any((rows.top_k_B < V) | (rows.top_p_B < 1) | (rows.min_p_B > 0))
-        kept_BV = lax.cond(cuts, lambda x: _cut(x, rows), lambda x: x, scaled_BV)
+    def penalised(logits_VB):
+        lowered_VB = jnp.where(logits_VB > 0, logits_VB / penalty_B, logits_VB * penalty_B)
+        return jnp.where(seen_BV.T, lowered_VB, logits_VB)
+
+    penalty_B = jnp.asarray(rows.penalty_B)
+    logits_VB = lax.cond(jnp.any(penalty_B != 1), penalised, lambda x: x, logits_VB)
+    greedy_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
+
+    def draw(logits_VB):
+        temperature_B = jnp.where(rows.temperature_B == 0, 1, rows.temperature_B)
+        scaled_BV = (logits_VB / temperature_B).T
+        cuts = (rows.top_k_B < len(logits_VB)) | (rows.top_p_B < 1) | (rows.min_p_B > 0)
+        kept_BV = lax.cond(jnp.any(cuts), partial(_cut, rows=rows), lambda x: x, scaled_BV)
         # A key of the request's own: no other request changes what it draws.
         key_B = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(
             rows.seed_B, position_B
@@ -103,7 +103,7 @@ def sample(
         drawn_B = jax.vmap(jax.random.categorical)(key_B, kept_BV).astype(jnp.int32)
         return jnp.where(rows.temperature_B == 0, greedy_B, drawn_B)
 
-    return lax.cond(jnp.any(rows.temperature_B > 0), draw, lambda _: greedy_B, logits_BV)
+    return lax.cond(jnp.any(rows.temperature_B > 0), draw, lambda _: greedy_B, logits_VB)
 
 
 def _cut(logits_BV: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -118,6 +118,7 @@ def _cut(logits_BV: jax.Array, rows: SamplingRows) -> jax.Array:
     top_p_B1 = rows.top_p_B[:, None]
     # What came before may add up to 1 by rounding, before the last of them.
     within_BV = (before_BV < top_p_B1) | (top_p_B1 >= 1)
+    within_BV &= falling_BV > -jnp.inf
     within_BV &= probability_BV >= rows.min_p_B[:, None] * probability_BV[:, :1]
     least_B1 = jnp.min(jnp.where(within_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
