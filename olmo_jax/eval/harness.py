@@ -67,7 +67,8 @@ class OlmoJax(TemplateLM):
         self.max_length = int(max_length or self.model.config.context_length)
         self.slots = int(slots)
         self.scorer = Scorer(self.model, max_length=self.max_length)
-        self._prefix = _bos_id(self.path, self.files) or self.files.eos_ids[0]
+        begins = _bos_id(self.path, self.files)
+        self._prefix = self.eot_token_id if begins is None else begins
 
     # --- what lm-eval asks about text -------------------------------------------------------------
 
