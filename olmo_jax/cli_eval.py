@@ -159,7 +159,7 @@ def _domains(model: str, files: list[str], field: str, out: Path | None, step: i
     tokenizer, eos_id = load_tokenizer(model)
     with progress("scoring") as advance:
         content = evaluate(
-            Scorer(load(model, step)),
+            Scorer.on_all_devices(load(model, step)),
             tokenizer,
             eos_id,
             files,

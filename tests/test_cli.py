@@ -23,6 +23,7 @@ COMMANDS = [
     ["models"],
     ["plan"],
     ["eval"],
+    ["inspect"],
     ["data"],
     ["data", "tokenizer"],
     ["data", "tokenize"],
@@ -77,8 +78,8 @@ for command in {[[], *COMMANDS]}:
 print(time.process_time())
 heavy = {{"jax", "grain", "gin", "numpy"}} & set(sys.modules)
 rooms = {{m for m in sys.modules if m.startswith("olmo_jax.")}}
-light = ("cli", "cli_data", "cli_eval", "cli_launch", "cli_plan", "cli_shared", "errors")
-rooms -= {{"olmo_jax." + name for name in light}}
+light = "data eval generate inspect launch plan shared".split()
+rooms -= {{"olmo_jax.cli", "olmo_jax.errors", *("olmo_jax.cli_" + name for name in light)}}
 assert not heavy and not rooms, (heavy, rooms)
 """
     seconds = float(in_a_new_process(code))

@@ -66,7 +66,8 @@ class OlmoJax(TemplateLM):
             raise UserError(f"{pretrained}: names no end-of-text token, which lm-eval needs")
         self.max_length = int(max_length or self.model.config.context_length)
         self.slots = int(slots)
-        self.scorer = Scorer(self.model, max_length=self.max_length)
+        self.scorer = Scorer.on_all_devices(self.model)
+        self.scorer.max_length = self.max_length
         begins = _bos_id(self.path, self.files)
         self._prefix = self.eot_token_id if begins is None else begins
 

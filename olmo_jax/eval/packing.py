@@ -58,7 +58,8 @@ def batches(
     order, shared = _sorted(requests)
     lengths = [len(request.tokens) - 1 for request in requests]  # the last token is only scored
     for T, rows in _planned(order, shared, lengths, parity_length):
-        B = max(1, min(len(rows), tokens_per_batch // T))
+        n_batches = -(-len(rows) // max(1, tokens_per_batch // T))
+        B = -(-len(rows) // n_batches)  # of one size, so that one program does, with little padding
         B = -(-B // parts) * parts
         for start in range(0, len(rows), B):
             yield _filled(requests, rows[start : start + B], B, T)

@@ -137,7 +137,7 @@ def evaluate(
         raise UserError(f"--limit={limit}: it must be at least 1")
     labels = expand(names)
     requests = Requests([load_task(label, limit) for label in labels], tokenizer, eos_id)
-    scorer = scorer or Scorer(model)
+    scorer = scorer or Scorer.on_all_devices(model)
     part = None if out is None else _Part(out, fingerprint(scorer.model, requests.pairs))
     scores = {} if part is None else part.scores
     try:

@@ -18,9 +18,15 @@ from jax.sharding import Mesh
 from olmo_jax.errors import UserError
 from olmo_jax.eval import packing
 from olmo_jax.model.config import ModelConfig
-from olmo_jax.model.transformer import Transformer
-from olmo_jax.parallel.mesh import AXES, on_mesh
-from olmo_jax.parallel.sharding import batch_parts, constrain, gathered, to_global
+from olmo_jax.model.transformer import Transformer, bind, parameter_axes, parameters
+from olmo_jax.parallel.mesh import AXES, MeshConfig, build_mesh, on_mesh
+from olmo_jax.parallel.sharding import (
+    batch_parts,
+    constrain,
+    gathered,
+    to_global,
+    weight_sharding,
+)
 
 _HEAD_TOKENS = 256  # positions of a batch whose logits exist at once
 
@@ -59,6 +65,8 @@ class Scorer:
         max_length: int | None = None,
         tokens_per_batch: int | None = None,
     ):
+        if mesh is None:  # a loaded model's weights may still be the host's
+            model = bind(model, jax.device_put(parameters(model)))
         self.model, self.mesh = model, None if mesh is None else _rows_only(mesh)
         self.max_length = max_length or model.config.context_length
         if tokens_per_batch is None:
@@ -66,6 +74,19 @@ class Scorer:
             each = 2048 if device.platform == "cpu" else 16384
             tokens_per_batch = each * (1 if mesh is None else batch_parts(self.mesh or mesh))
         self.tokens_per_batch = tokens_per_batch
+
+    @classmethod
+    def on_all_devices(cls, model: Transformer) -> "Scorer":
+        """A scorer whose weights are cut over all devices of this process, if there are several."""
+        if jax.local_device_count() == 1:
+            return cls(model)
+        mesh = build_mesh(MeshConfig(), jax.local_devices())
+        cut = jax.tree.map(
+            lambda a, axes: jax.device_put(a, weight_sharding(mesh, axes, a.shape)),
+            parameters(model),
+            parameter_axes(model),
+        )
+        return cls(bind(model, cut), mesh=mesh)
 
     def __call__(
         self,
