@@ -142,7 +142,7 @@ def generate(rounds: int, shapes: tuple[str, ...]) -> dict:
     return out
 
 
-def score(shape: str, rounds: int, questions: int = 100) -> dict:
+def score(shape: str, rounds: int, questions: int = 50) -> dict:
     """Answers of ARC-Easy scored through lm-eval, by our model there and by its own hf, float32,
     the same random weights; hf in the batch size of its that is the fastest."""
     import torch
@@ -166,7 +166,7 @@ def score(shape: str, rounds: int, questions: int = 100) -> dict:
         for file in ("config.json", "generation_config.json"):
             content = json.loads((folder / file).read_text()) | {"eos_token_id": 0}
             (folder / file).write_text(json.dumps(content))
-        figures: dict[str, list[dict]] = {n: [] for n in ("olmo_jax", "hf:1", "hf:8", "hf:32")}
+        figures: dict[str, list[dict]] = {n: [] for n in ("olmo_jax", "hf:1", "hf:16")}
         for _ in range(rounds):
             for name in figures:
                 figures[name].append(worker("score", name, str(questions), str(folder)))
