@@ -184,7 +184,7 @@ def _harness(model, tasks: str, include_path, num_fewshot, limit, out: Path | No
     options = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit, step=step)
     content = evaluate(model, [name for name in tasks.split(",") if name], **options)
     if out is not None:
-        write_file(out, json.dumps(content, indent=1) + "\n")
+        write_file(out, json.dumps(content, indent=1, default=float) + "\n")
     _show(terminal_table(Results(content)), out)
 
 

@@ -17,7 +17,8 @@ from olmo_jax.eval.domains import resampled_sums
 from olmo_jax.report.plots import Curve, Plot, make_plot
 
 COLOURS = ("train", "heldout", "speed")
-_LOWER = ("bpb", "ce_loss", "bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity")
+_ROLLING = ("bits_per_byte", "byte_perplexity", "word_perplexity")
+_LOWER = ("bpb", "bits_per_byte", "brier_score", "ter")
 
 
 class Items(NamedTuple):
@@ -60,7 +61,8 @@ class Difference(NamedTuple):
         """Whether the other is better; None where the interval has zero in it."""
         if self.low <= 0 <= self.high:
             return None
-        return (self.other > self.first) != (self.metric in _LOWER)
+        lower = self.metric in _LOWER or self.metric.startswith("log2 ")
+        return (self.other > self.first) != lower
 
 
 def read_result(path: Path) -> Result:
@@ -154,11 +156,15 @@ def _task(task: dict[str, Any]) -> Items:
     metric, items = task["metric"], task["items"]
     if items and "values" in items[0]:
         names = [str(item["doc"]) for item in items]
-        # A sum over another sum, as of bytes: lm-eval gives pairs of them.
-        values = [
-            v if isinstance(v := item["values"][metric], list) else (v, 1.0) for item in items
-        ]
-        return Items(metric, names, np.array(values, np.float64))
+        found = [item["values"][metric] for item in items]
+        if metric in _ROLLING:  # (log-likelihood, of how many bytes or words)
+            found = [(-nats / math.log(2), size) for nats, size in found]
+            metric = metric if metric == "bits_per_byte" else f"log2 {metric}"
+        elif isinstance(found[0], list):
+            raise UserError(f"{metric} is no mean over items, which alone can be paired")
+        else:
+            found = [(float(value), 1.0) for value in found]
+        return Items(metric, names, np.array(found, np.float64))
     names = [f"{n}: {item['label']} of {item['bytes']}" for n, item in enumerate(items)]
     values = [(_value(metric, item), 1.0) for item in items]
     # F1 is no mean over questions; a loss a character is not among what the file keeps.

@@ -77,6 +77,22 @@ def test_domains_are_weighted_by_their_bytes(tmp_path):
     assert whole.better is False
 
 
+@pytest.mark.parametrize("metric", ["bits_per_byte", "word_perplexity", "acc"])
+def test_lm_evals_items_are_read(metric, tmp_path):
+    """A rolling metric's values are pairs of a log-likelihood and a size; a lower one is better."""
+    files = []
+    for name, nats in (("a", -30.0), ("b", -20.0)):
+        values = [1.0 if name == "a" else 0.0] * 9 if metric == "acc" else [[nats, 10]] * 9
+        items = [{"doc": n, "values": {metric: v}, "answers": []} for n, v in enumerate(values)]
+        task = {"metric": metric, "metrics": {metric: 0.0}, "stderr": None, "items": items}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"model": name, "tasks": {"t": task}, "suites": {}}))
+        files.append(path)
+    (row,) = differences(*map(read_result, files))
+    first = 1.0 if metric == "acc" else 3 / np.log(2)
+    assert row.first == pytest.approx(first) and row.better is (metric != "acc")
+
+
 def test_a_folder_becomes_a_plot_for_each_task(tmp_path, capsys):
     runs = tmp_path / "results"
     runs.mkdir()
