@@ -413,6 +413,7 @@ class Tasks:
             load_tokenizer(tokenizer_path),
             config.data.eos_token_id,
             train.evaluators_limit,
+            config.model.context_length,
             lambda: build_mesh(config.mesh),
         )
 

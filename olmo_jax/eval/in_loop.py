@@ -16,7 +16,7 @@ class Tasks:
     """Calls with a model and a step give {"eval/TASK/METRIC": value} of every task.
 
     The requests are encoded once, and the programs are compiled at the first call. Raises UserError
-    for an unknown task before anything else.
+    for an unknown task, or one whose answers are longer than the model reads, before that.
     """
 
     def __init__(
@@ -25,10 +25,12 @@ class Tasks:
         tokenizer: Tokenizer,
         eos_id: int | None,
         limit: int | None,
+        max_length: int,
         mesh: Callable[[], Mesh],
     ):
         tasks = [load_task(label, limit) for label in expand(names)]
         self.requests = Requests(tasks, tokenizer, eos_id)
+        self.requests.refuse_longer(max_length)
         self._mesh = mesh
         self._scorer: Scorer | None = None
 

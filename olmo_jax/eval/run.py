@@ -47,6 +47,16 @@ class Requests:
             self.at.append(rows)
         self.pairs = list(index)
 
+    def refuse_longer(self, max_length: int) -> None:
+        """UserError where an answer alone is longer than what the model reads."""
+        for task, rows in zip(self.tasks, self.at, strict=True):
+            n = max(len(self.pairs[i].continuation) for asked, _ in rows for i in asked)
+            if n > max_length:
+                raise UserError(
+                    f"{task.name}: an answer of {n} tokens exceeds the model's context of "
+                    f"{max_length}: leave this task out, or take fewer of its questions"
+                )
+
     def answered(self, scores: dict[int, Score]) -> Iterator[tuple[Task, list[Answered]]]:
         """Each task with the log-likelihoods of its answers."""
         for task, rows in zip(self.tasks, self.at, strict=True):
@@ -138,6 +148,7 @@ def evaluate(
     labels = expand(names)
     requests = Requests([load_task(label, limit) for label in labels], tokenizer, eos_id)
     scorer = scorer or Scorer.on_all_devices(model)
+    requests.refuse_longer(scorer.max_length)
     part = None if out is None else _Part(out, fingerprint(scorer.model, requests.pairs))
     scores = {} if part is None else part.scores
     try:

@@ -110,7 +110,12 @@ def test_a_command_that_is_killed_ends_with_the_same_file(tmp_path, hf_model):
     folder, _ = hf_model("olmo2")
 
     def start(out):
-        command = ["eval", str(folder), "--tasks=arc_easy,piqa,boolq", f"--out={tmp_path / out}"]
+        command = [
+            "eval",
+            str(folder),
+            "--tasks=arc_easy,winogrande,boolq",
+            f"--out={tmp_path / out}",
+        ]
         return subprocess.Popen(
             [sys.executable, "-m", "olmo_jax.cli", *command, "--limit=400"],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -158,7 +163,7 @@ def test_bad_input_is_one_line(arguments, words, hf_model, capsys):
 def test_an_answer_longer_than_the_model_reads(hf_model):
     folder, _ = hf_model("olmo2")
     tokenizer, eos_id = load_tokenizer(folder)
-    with pytest.raises(UserError, match="exceeds the model's 256"):
+    with pytest.raises(UserError, match=r"gsm8k_gold_bpb_5shot: an answer of .* context of 256"):
         evaluate(
             olmo_jax.load(folder), tokenizer, ["gsm8k_gold_bpb_5shot"], name="it", eos_id=eos_id
         )

@@ -12,8 +12,7 @@ from olmo_jax.model.transformer import init
 
 SHAPE = dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, mlp_width=64, context_length=64)
 KINDS = {
-    "full": {},
-    "window": dict(window_pattern=(5, 0)),
+    "window and full": dict(window_pattern=(5, 0)),
     "alibi": dict(position="alibi", norm="layer", norm_place="pre", qk_norm=False),
     "experts": dict(n_experts=4, experts_per_token=2),
 }
