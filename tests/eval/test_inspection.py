@@ -16,7 +16,7 @@ from olmo_jax.convert.load import load_tokenizer
 from olmo_jax.errors import UserError
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["olmo2", pytest.param("pythia", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("inspected") / request.param
     return export(model_of(FAMILIES[request.param]), path)
@@ -93,6 +93,7 @@ def test_pieces_join_to_the_text_where_no_character_is_cut(folder):
     assert again.pieces == found.pieces
 
 
+@pytest.mark.slow
 def test_windows_experts_and_alibi_are_seen_too():
     """The walk gives the output of the model's own forward pass, whatever the layers are."""
     kinds = dict(window_pattern=(3, 0), n_experts=4, experts_per_token=2, position="alibi")
