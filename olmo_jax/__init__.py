@@ -1,6 +1,7 @@
 """olmo_jax: train, study, evaluate and hand on fully open language models in JAX.
 
-Importing this package imports neither jax nor any of its rooms; `load` and `init` do on first use.
+Importing this package imports neither jax nor any of its rooms; `load`, `init` and `inspect` do on
+first use.
 
 Array names carry their axes as a suffix, everywhere in this package:
 
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from olmo_jax.convert.load import load
+    from olmo_jax.eval.inspection import inspect
     from olmo_jax.model.transformer import init
 
-__all__ = ["init", "load"]
+__all__ = ["init", "inspect", "load"]
 
 
 def __getattr__(name: str):
@@ -28,4 +30,8 @@ def __getattr__(name: str):
         from olmo_jax.model.transformer import init
 
         return init
+    if name == "inspect":
+        from olmo_jax.eval.inspection import inspect
+
+        return inspect
     raise AttributeError(f"module 'olmo_jax' has no attribute {name!r}")

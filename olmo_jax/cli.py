@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax import cli_data, cli_eval, cli_generate, cli_launch, cli_plan, cli_serve
+from olmo_jax import (
+    cli_data,
+    cli_eval,
+    cli_generate,
+    cli_inspect,
+    cli_launch,
+    cli_plan,
+    cli_serve,
+)
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, read_json
 from olmo_jax.errors import UserError
 
@@ -42,6 +50,7 @@ app.command()(cli_generate.generate)
 app.command()(cli_generate.chat)
 app.command()(cli_serve.serve)
 app.command("eval")(cli_eval.evaluate)
+app.command()(cli_inspect.inspect)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""`olmo-jax eval`: tasks on any checkpoint that loads."""
+"""`olmo-jax eval`: tasks, domains and lm-eval's tasks on any checkpoint; results compared."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,13 @@ from olmo_jax.errors import UserError
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        Argument(help="A run folder, a checkpoint, or any folder, hub id or address that loads."),
+    models: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[MODEL]",
+            help="A run folder, a checkpoint, or any folder, hub id or address that loads; with "
+            "--compare results, or folders of them.",
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -44,6 +49,38 @@ def evaluate(
     step: Annotated[
         int | None, Option("--step", help="A run's checkpoint; the newest if none.")
     ] = None,
+    domains: Annotated[
+        list[str] | None,
+        Option(
+            "--domains",
+            help="Instead of tasks: JSONL documents (also .gz, .zst) whose perplexity is told by "
+            "domain. Give it again for more files.",
+        ),
+    ] = None,
+    domain_field: Annotated[
+        str, Option("--domain_field", help="The documents' field that names their domain.")
+    ] = "source",
+    harness: Annotated[
+        str | None,
+        Option(
+            "--harness",
+            help="Instead of tasks: those of lm-evaluation-harness, with commas (harness extra).",
+        ),
+    ] = None,
+    include_path: Annotated[
+        str | None, Option("--include_path", help="A folder with more task files of lm-eval.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, Option("--num_fewshot", help="Shots, where lm-eval's task leaves them open.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        Option(
+            "--compare",
+            help="Compare results (.json), each with the first, question by question; or plot "
+            "folders of checkpoints' results over the step.",
+        ),
+    ] = False,
     list_: Annotated[bool, Option("--list", help="Show all tasks and suites, and leave.")] = False,
 ) -> None:
     """Evaluate a model on tasks: questions with answers, by the likelihood of each answer.
@@ -55,15 +92,31 @@ def evaluate(
     olmo-jax eval --list
     olmo-jax eval runs/demo --tasks=arc_easy_rc_0shot,piqa_rc_0shot:bpb --limit=100
     olmo-jax eval models/olmo2 --tasks=olmes_core9_rc,mmlu_mc_5shot --out=results/olmo2.json
+    olmo-jax eval runs/demo --domains=paloma.jsonl.gz --domain_field=subdomain
+    olmo-jax eval runs/demo --harness=arc_easy,hellaswag --out=results/demo.json
+    olmo-jax eval --compare results/olmo2.json results/demo.json --out=page.html
     ```
     """
     if list_:
         _list()
         return
-    if model is None or tasks is None:
-        raise UserError("give a model and --tasks=…; `olmo-jax eval --list` shows the tasks")
-    from rich.console import Console
-
+    if compare:
+        _compare(models or [], out)
+        return
+    given = [what for what in (tasks, domains, harness) if what]
+    if models is None or len(models) != 1 or len(given) != 1:
+        raise UserError(
+            "give one model and one of --tasks=…, --domains=FILE and --harness=…; `olmo-jax eval "
+            "--list` shows the tasks"
+        )
+    (model,) = models
+    if domains:
+        _domains(model, domains, domain_field, out, step)
+        return
+    if harness:
+        _harness(model, harness, include_path, num_fewshot, limit, out, step)
+        return
+    assert tasks is not None
     from olmo_jax.convert.load import load, load_tokenizer
     from olmo_jax.eval.page import terminal_table
     from olmo_jax.eval.run import evaluate
@@ -77,19 +130,90 @@ def evaluate(
             load(model, step),
             tokenizer,
             names,
-            name=model if step is None else f"{model} at step {step}",
+            name=_name(model, step),
             out=out,
             eos_id=eos_id,
             limit=limit,
             as_published=as_published,
             progress=advance,
         )
+    _show(terminal_table(results), out, out and out.with_suffix(".html"))
+
+
+def _show(table, *written: Path | None) -> None:
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:  # a file has no width
         console.width = 200
-    console.print(terminal_table(results))
+    console.print(table)
+    if paths := [str(path) for path in written if path is not None]:
+        console.print(f"written: {' and '.join(paths)}", soft_wrap=True)
+
+
+def _domains(model: str, files: list[str], field: str, out: Path | None, step: int | None) -> None:
+    from olmo_jax.convert.load import load, load_tokenizer
+    from olmo_jax.eval.domains import evaluate, table
+    from olmo_jax.eval.scoring import Scorer
+
+    tokenizer, eos_id = load_tokenizer(model)
+    with progress("scoring") as advance:
+        content = evaluate(
+            Scorer.on_all_devices(load(model, step)),
+            tokenizer,
+            eos_id,
+            files,
+            name=_name(model, step),
+            domain_field=field,
+            out=out,
+            progress=advance,
+        )
+    _show(table(content), out)
+
+
+def _harness(model, tasks: str, include_path, num_fewshot, limit, out: Path | None, step) -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise UserError("--harness needs lm-eval: install olmo-jax[harness]") from None
+    from olmo_jax.eval.harness import evaluate
+    from olmo_jax.eval.page import terminal_table
+    from olmo_jax.eval.pages import write_file
+    from olmo_jax.eval.run import Results
+
+    options = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit, step=step)
+    content = evaluate(model, [name for name in tasks.split(",") if name], **options)
     if out is not None:
-        console.print(f"written: {out} and {out.with_suffix('.html')}", soft_wrap=True)
+        write_file(out, json.dumps(content, indent=1, default=float) + "\n")
+    _show(terminal_table(Results(content)), out)
+
+
+def _compare(paths: list[str], out: Path | None) -> None:
+    from rich.console import Group
+
+    from olmo_jax.eval.compare import differences, plots, read_folder, read_result
+    from olmo_jax.eval.compare_show import difference_table, page, steps_table
+    from olmo_jax.eval.pages import write_file
+
+    folders = [path for path in paths if Path(path).is_dir()]
+    if folders and folders == paths:
+        found = {path: read_folder(Path(path)) for path in paths}
+        tables = [steps_table(name, results) for name, results in found.items()]
+        text = page(", ".join(paths), plots=plots(found))
+    elif len(paths) >= 2 and not folders:
+        first, *others = (read_result(Path(path)) for path in paths)
+        rows = [(path, differences(first, o)) for path, o in zip(paths[1:], others, strict=True)]
+        tables = [difference_table(name, found, paths[0]) for name, found in rows]
+        text = page(f"Compared with {paths[0]}", first=paths[0], compared=rows)
+    else:
+        raise UserError("--compare: give two results (.json) or more, or folders of results")
+    if out is not None:
+        write_file(out, text)
+    _show(Group(*tables), out)
+
+
+def _name(model: str, step: int | None) -> str:
+    return model if step is None else f"{model} at step {step}"
 
 
 def _list() -> None:

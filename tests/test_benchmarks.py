@@ -33,6 +33,17 @@ def test_the_server_is_measured_with_one_client_and_with_sixteen(tmp_path):
     assert one > 0 and result["ratio"] == pytest.approx(sixteen / one)
 
 
+@pytest.mark.slow
+def test_scoring_is_measured_on_the_same_requests(tmp_path):
+    """The vocabulary of the tiny shape is too small for a byte-level tokenizer: the demo's."""
+    command = [sys.executable, "-m", "benchmarks", "--only=score", "--shape=demo"]
+    command += ["--rounds=1", f"--out={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    result = json.loads((tmp_path / "score.json").read_text())
+    assert result["largest_difference"] < 1e-3
+    assert result["requests"] >= 4 * 45 and result["ratio"] > 0
+
+
 def convert_result(tmp_path, shape):
     command = [sys.executable, "-m", "benchmarks", "--only=convert", f"--shape={shape}"]
     command += ["--rounds=1", f"--out={tmp_path}"]

@@ -24,6 +24,7 @@ COMMANDS = [
     ["models"],
     ["plan"],
     ["eval"],
+    ["inspect"],
     ["data"],
     ["data", "tokenizer"],
     ["data", "tokenize"],

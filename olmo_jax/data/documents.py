@@ -51,11 +51,7 @@ def read_jsonl(path: str | Path) -> Iterator[TextDocument]:
     path = str(path)
     for line in read_lines(path):
         row = parse_line(line, path)
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise UserError(
-                f"{path}: line {line.number} has no string 'text', as every document must"
-            )
+        text = text_field(row, "text", path, line.number)
         yield TextDocument(document_id(row, path, line.number), text, line.number, line.bytes_read)
 
 
@@ -98,6 +94,13 @@ def parse_line(line: Line, path: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{path}: line {line.number} is not a JSON object")
     return row
+
+
+def text_field(row: dict[str, Any], name: str, path: str, number: int) -> str:
+    """A field that every document must have as a string. Raises UserError where one has not."""
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{path}: line {number} has no string {name!r}, as every document must")
+    return row[name]
 
 
 def document_id(row: dict[str, Any], path: str, number: int) -> str:

@@ -149,7 +149,7 @@ def evaluate(
     requests = Requests([load_task(label, limit) for label in labels], tokenizer, eos_id)
     scorer = scorer or Scorer.on_all_devices(model)
     requests.refuse_longer(scorer.max_length)
-    part = None if out is None else _Part(out, _fingerprint(scorer.model, requests.pairs))
+    part = None if out is None else _Part(out, fingerprint(scorer.model, requests.pairs))
     scores = {} if part is None else part.scores
     try:
         for i, score in scorer(requests.pairs, progress, done=set(scores)):
@@ -257,7 +257,7 @@ class _Part:
         self._file.close()
 
 
-def _fingerprint(model: Transformer, pairs: Sequence[Pair]) -> str:
+def fingerprint(model: Transformer, pairs: Sequence[Pair]) -> str:
     """Of the requests and of a sample of every weight: what a part's scores belong to."""
     digest = hashlib.sha256(repr(model.config).encode())
     for pair in pairs:
