@@ -4,6 +4,7 @@ It knows nothing of training, files or devices; weights carry logical axis names
 decides where those live.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -142,7 +143,7 @@ class Transformer(nnx.Module):
         def group(x_BTD, group_weights):
             sums = []
             for i in range(len(pattern)):
-                run = partial(layer, i)
+                run: Callable = partial(layer, i)
                 if config.remat != "none":
                     run = jax.checkpoint(run, policy=_REMAT_POLICIES[config.remat])
                 x_BTD, layer_sums = run(x_BTD, group_weights)

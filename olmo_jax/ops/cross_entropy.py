@@ -120,20 +120,21 @@ def _on_one_device(
             return (ce, z, dws), None
         # d total / d logits = weight · (p (1 + 2 z log Z) - onehot)
         p_scale_N1 = (weight_N * (1.0 + 2.0 * z_loss * lse_N))[:, None] / sum_N1
-        dx_ND, new_dws = 0.0, []
+        dxs, new_dws = [], []
         sum_type = jnp.float32 if len(ws) > 1 else x_ND.dtype
         for w, dw, target_N1, exp_NV in zip(ws, dws, targets, exps, strict=True):
             # An iota comparison, not a scatter: XLA:CPU runs that one row at a time.
             is_target_NV = lax.broadcasted_iota(jnp.int32, exp_NV.shape, 1) == target_N1
             d_NV = exp_NV * p_scale_N1 - jnp.where(is_target_NV, weight_N[:, None], 0.0)
             d_NV = d_NV.astype(x_ND.dtype)
-            dx_ND += jnp.dot(d_NV, w.T, preferred_element_type=sum_type)
+            dxs.append(jnp.dot(d_NV, w.T, preferred_element_type=sum_type))
             new_dws.append(dw + jnp.dot(x_ND.T, d_NV, preferred_element_type=jnp.float32))
-        return (ce, z, new_dws), over_vocabulary(lax.psum, dx_ND.astype(x_ND.dtype))
+        dx_ND = reduce(jnp.add, dxs).astype(x_ND.dtype)
+        return (ce, z, new_dws), over_vocabulary(lax.psum, dx_ND)
 
     # Room for the gradient, 4 D V bytes, is made when the gather is done with its own.
     ws, zero = lax.optimization_barrier((ws, jnp.zeros((), jnp.float32)))
-    dws = [jnp.broadcast_to(zero, w.shape) for w in ws] if with_gradient else None
+    dws = [jnp.broadcast_to(zero, w.shape) for w in ws] if with_gradient else []
     chunks = jax.tree.map(chunked, (x_BTD, targets_BT, weights_BT))
     (ce, z, dws), dx = lax.scan(body, (zero, zero, dws), chunks)
     if tokens:
