@@ -11,7 +11,8 @@ from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progre
 from olmo_jax.errors import UserError
 
 app = typer.Typer(
-    help="Make tokenizers and token files; look at training instances.", no_args_is_help=True
+    help="From documents to token files (tag, dedupe, mix, tokenize); look at instances.",
+    no_args_is_help=True,
 )
 
 add_commands(app)

@@ -91,3 +91,13 @@ def progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], No
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_error(message: str) -> None:
+    """A line on stderr that begins with a red "error: "."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True)
+    for line in message.splitlines():
+        console.print(Text.assemble(("error: ", "bold red"), line))
