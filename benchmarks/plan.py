@@ -175,15 +175,12 @@ def expected_bytes(fsdp: int, copies: int) -> tuple[float, float]:
 
     Under full remat a layer's weights are gathered in bfloat16 three times (forward, again for the
     recomputation, backward), the head's once; gradients are scattered in float32. Between copies of
-    the weights each device's part of the gradients is all-reduced in float32. On 64 chips and more
-    (a torus of at least 4 along each dimension) libtpu 0.0.52 writes every gather, that of a lone
-    matrix too, as an all-reduce of zeros with a part filled in: twice the bytes.
+    the weights each device's part of the gradients is all-reduced in float32.
     """
-    gather = 2 * (2 if fsdp >= 64 else 1)
     model = load_config([str(ROOT / WEAK_MODEL)], ["Data.paths=('unused',)"]).model
     tables = model.rows * model.d_model
     layers = model.parameter_count() - 2 * tables
-    within = (fsdp - 1) / fsdp * (layers * (3 * gather + 4) + tables * (gather + 4))
+    within = (fsdp - 1) / fsdp * (layers * (3 * 2 + 4) + tables * (2 + 4))
     between = 2 * (copies - 1) / copies * 4 * model.parameter_count() / fsdp
     return within, between
 
@@ -227,10 +224,10 @@ def weak_lines(kept: dict) -> list[str]:
         "Per device. *Activations* are the compiler's temporaries less the float32 gradients' "
         "shard, 4 bytes x parameters / fsdp, which is the one part that is meant to shrink.",
         "Expected bytes: (n - 1)/n of each layer gathered three times in bfloat16 (forward, "
-        "recomputation, backward) and of the head once, from 64 chips on each gather twice the "
-        "bytes, since libtpu writes it as an all-reduce; gradients scattered in float32, and "
+        "recomputation, backward) and of the head once; gradients scattered in float32, and "
         "between copies of the weights their parts all-reduced (`expected_bytes` in "
-        "`benchmarks/plan.py`).",
+        "`benchmarks/plan.py`). On 64 and 256 chips libtpu 0.0.52 writes each gather as an "
+        "all-reduce, twice the bytes; on 16 it takes collective matrix products.",
         "",
         "![weak scaling](weak_scaling.svg)",
         "",
