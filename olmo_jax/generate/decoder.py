@@ -51,7 +51,9 @@ class Projection(nnx.Module):
 
     def __init__(self, weight_IO, bias, dtype, rows_last: bool, in_int8: bool):
         weight_OI = weight_IO.T
-        weight_OI, scale_O = int8.quantize(weight_OI) if in_int8 else (weight_OI.astype(dtype), None)
+        weight_OI, scale_O = (
+            int8.quantize(weight_OI) if in_int8 else (weight_OI.astype(dtype), None)
+        )
         self.weight = nnx.Param(weight_OI)
         self.scale = None if scale_O is None else nnx.Param(scale_O)
         self.bias = None if bias is None else nnx.Param(bias.astype(dtype))
@@ -108,9 +110,7 @@ class Decoder(nnx.Module):
                         setattr(part, name, projection)
         # A tied head is the embedding itself, which lies as it should.
         tied = model.lm_head is None
-        self.head = (
-            None if tied else Projection(model.head_DV(), None, dtype, rows_last, in_int8)
-        )
+        self.head = None if tied else Projection(model.head_DV(), None, dtype, rows_last, in_int8)
         self.config, self.rows_last = model.config, rows_last
 
     def __call__(self, tokens_BT, position_BT, cache: list[Cache] | None):

@@ -35,13 +35,14 @@ def _blocked(w_OI, scale_O, x_NI):
     """W in blocks that are converted within the cache.
 
     ms of processor time for 50304 x 512 weights and 1, 16, 512 rows: float32 11, 24, 517; this 6,
-    20, 497; whole, W converted before the product, 92, 88, 601; converted in the loop of a
-    product by hand 15, 356, -; int8 x int8 with rounded inputs 105, 16, -, and less exact.
+    20, about as float32; all of W converted before the product 92, 88, 601; multiplied and added up
+    as it is converted 15, 356, -; int8 x int8 with rounded inputs 105, 16, -, and less exact.
     """
     (O, I), N = w_OI.shape, x_NI.shape[0]
-    # Few rows wait for the weights, many want a large product: 2^16 weights against 2^20 take 3.5
-    # and 6.6 ms for 1 row, 12.7 and 14.5 for 16, 399 and 229 for 512 (8192 x 2048 weights).
-    rows = min(O, max(1, (1 << 16 if N <= 32 else 1 << 20) // I))
+    # Few rows wait for the weights; many take x apart anew for each block, and want large ones. Of
+    # 8192 x 2048 weights blocks of 2^16 and 2^20 take 3.5 and 6.6 ms for 1 row, 12.7 and 14.5 for
+    # 16; 2^16 and 2^19 take 143 and 132 for 256, 1682 and 639 for 1024 (float32: 138, 503).
+    rows = min(O, max(1, (1 << 16 if N <= 32 else 1 << 19) // I))
     x_IN = lax.optimization_barrier(x_NI.T)
 
     def block(i, y_ON):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from olmo_jax.generate import Engine, Request, generate_batch
+from olmo_jax.generate import Engine, Request
 from olmo_jax.generate.decoder import unstacked
 from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.transformer import init
@@ -46,12 +47,11 @@ def test_a_product_is_that_of_the_rounded_weights(N, dtype, blocked):
     np.testing.assert_allclose(found_ON, expected_ON, rtol=1e-5, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("change", [{}, {"tie_embeddings": True}, {"n_experts": 4, "experts_per_token": 2}])
-def test_logits_are_close(change):
-    """A weight is off by at most 1/254 of its output's largest, which is about 3 deviations: 0.7 %
-    of a deviation in the mean. Products of many weights keep that share, and residuals add up
-    those of each layer: 3 % of the logits' deviation is asked for, 1 to 2 % are found."""
-    model = init(dataclasses.replace(CONFIG, **change))
+def test_logits_are_close():
+    """A weight is off by at most 1/254 of its output's largest, which is about 2.5 deviations: by
+    0.6 % of a deviation in the mean. A product's output keeps that share, and some ten products
+    follow one another: 3 % of a position's logits is asked for, 2 % is found."""
+    model = init(CONFIG)
     tokens_BT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 32))
 
     @jax.jit
@@ -60,8 +60,22 @@ def test_logits_are_close(change):
         return decoder.logits(x_BTD.reshape(-1, CONFIG.d_model))
 
     exact, rounded = (logits(unstacked(model, in_int8)) for in_int8 in (False, True))
-    off = float(jnp.std(rounded - exact) / jnp.std(exact))
+    norm = jnp.linalg.norm
+    off = float(jnp.median(norm(rounded - exact, axis=0) / norm(exact, axis=0)))
     assert 1e-4 < off < 0.03, off
+
+
+def test_what_is_no_product_of_a_layer_stays():
+    """Experts with their router, and the embedding, which a tied head is."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=True, n_experts=4, experts_per_token=2)
+    decoder = jax.eval_shape(lambda: unstacked(init(config), True))
+    dtypes: dict[str, set] = {}
+    for path, a in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(decoder))):
+        if path[-1].key == "weight":
+            dtypes.setdefault(path[-2].key, set()).add(a.dtype)
+    in_int8 = {name for name, found in dtypes.items() if found == {jnp.dtype(jnp.int8)}}
+    assert in_int8 == {"q", "k", "v", "out"}
+    assert {"router", "gate", "up", "down", "embed"} <= dtypes.keys() - in_int8
 
 
 def texts(model, requests, slots):
@@ -73,18 +87,25 @@ def texts(model, requests, slots):
     return list(out.values())
 
 
-def test_greedy_texts_are_mostly_equal_and_the_same_in_a_batch():
-    model, rng = init(CONFIG), np.random.default_rng(0)
+def test_greedy_tokens_are_mostly_the_float_models_and_the_same_in_a_batch():
+    model, rng = init(dataclasses.replace(CONFIG, n_layers=1)), np.random.default_rng(0)
     requests = [
         Request(tuple(rng.integers(0, CONFIG.vocab_size, p).tolist()), n)
-        for p, n in ((5, 20), (14, 30), (1, 13), (16, 28), (3, 33), (40, 20))
+        for p, n in ((5, 20), (14, 30), (1, 13), (16, 28), (3, 33))
     ]
     together = texts(model, requests, 3)
     assert together == [texts(model, [request], 1)[0] for request in requests]
-    # Of random weights two tokens are often nearly as likely, and a text differs from there on.
-    exact = [completion.token_ids for completion in generate_batch(model, requests)]
-    same = [a == b for e, t in zip(exact, together, strict=True) for a, b in zip(e, t, strict=True)]
-    assert np.mean(same) > 0.5
+    # Of random weights two tokens are often nearly as likely.
+    rows_RT = np.zeros((len(requests), CONFIG.context_length), np.int32)
+    for row_T, request, text in zip(rows_RT, requests, together, strict=True):
+        row_T[: len(request.prompt_ids) + len(text)] = [*request.prompt_ids, *text]
+    exact_RT = np.asarray(jax.jit(lambda model: model(rows_RT))(model)).argmax(-1)
+    same = [
+        exact_T[len(request.prompt_ids) - 1 + i] == token
+        for exact_T, request, text in zip(exact_RT, requests, together, strict=True)
+        for i, token in enumerate(text)
+    ]
+    assert np.mean(same) > 0.9, np.mean(same)
 
 
 def test_products_take_a_quarter_and_the_float_weights_are_gone():
