@@ -45,9 +45,9 @@ Int8 = Annotated[
     Option(
         "--int8",
         help="Keep the weights of the layers and of the head in int8: a quarter of float32's "
-        "memory once they are read (experts and embedding stay as they are), on CPU faster for one "
-        "text and no faster for many, reading a prompt up to 1.5 times slower; texts change a "
-        "little.",
+        "memory once they are read (experts and embedding stay). Texts change a little. On CPU one "
+        "text takes less processor time a token, but only one core; a long prompt up to 1.5 times "
+        "as long.",
     ),
 ]
 

@@ -32,7 +32,7 @@ def product(w_OI: jax.Array, scale_O: jax.Array, x_NI: jax.Array, blocked: bool)
 
 
 def _blocked(w_OI, scale_O, x_NI):
-    """W in blocks that are converted within the cache.
+    """W in blocks that are converted within the cache, one after another: on one core for few rows.
 
     ms of processor time for 50304 x 512 weights and 1, 16, 512 rows: float32 11, 24, 517; this 6,
     20, about as float32; all of W converted before the product 92, 88, 601; multiplied and added up
