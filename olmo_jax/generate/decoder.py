@@ -18,6 +18,7 @@ from olmo_jax.model.config import ModelConfig
 from olmo_jax.model.layers import Linear
 from olmo_jax.model.rope import rope_tables
 from olmo_jax.model.transformer import Transformer
+from olmo_jax.ops import int8
 from olmo_jax.ops.attention import AttentionMask, alibi_slopes
 from olmo_jax.ops.attention_decode import Cache, ring
 
@@ -45,37 +46,50 @@ class Chosen(NamedTuple):
 
 
 class Projection(nnx.Module):
-    """y = x W + b with W stored (out, in), in the compute type; `rows_last` is CPU's form."""
+    """y = x W + b with W stored (out, in), in the compute type or in int8 with a scale for each
+    output; `rows_last` is CPU's form."""
 
-    def __init__(self, weight_IO, bias, dtype, rows_last: bool):
-        self.weight = nnx.Param(weight_IO.T.astype(dtype))
+    def __init__(self, weight_IO, bias, dtype, rows_last: bool, in_int8: bool):
+        weight_OI = weight_IO.T
+        weight_OI, scale_O = (
+            int8.quantize(weight_OI) if in_int8 else (weight_OI.astype(dtype), None)
+        )
+        self.weight = nnx.Param(weight_OI)
+        self.scale = None if scale_O is None else nnx.Param(scale_O)
         self.bias = None if bias is None else nnx.Param(bias.astype(dtype))
         self.rows_last = rows_last
 
+    def product(self, x_NI, dtype):
+        """W x^T, (out, N)."""
+        w_OI = self.weight[...]
+        if self.scale is None:
+            return product(w_OI, x_NI, self.rows_last, dtype)
+        return int8.product(w_OI, self.scale[...], x_NI, self.rows_last).astype(dtype)
+
     def __call__(self, x):
-        y = product(self.weight[...], x.reshape(-1, x.shape[-1]), self.rows_last).T
+        y = self.product(x.reshape(-1, x.shape[-1]), x.dtype).T
         if self.bias is not None:
             y = y + self.bias[...]
         return y.reshape(*x.shape[:-1], -1)
 
 
-def product(w_OI, x_NI, rows_last: bool, **options):
-    """W x^T, (out, N).
+def product(w_OI, x_NI, rows_last: bool, dtype):
+    """W x^T, (out, N), in `dtype`.
 
     XLA:CPU multiplies W (out, in) with columns at memory speed, but x (2 to 16 rows, in) with W
     (in, out) by a slow path: 7.5 against 20 ms of processor time for 16 rows and 33 MB of weights.
     The barriers keep it from folding the turns of the small operands into the product: 28 ms.
     """
     if not rows_last:
-        return jnp.einsum("oi,ni->on", w_OI, x_NI, **options)
+        return jnp.einsum("oi,ni->on", w_OI, x_NI, preferred_element_type=dtype)
     x_IN = lax.optimization_barrier(x_NI.T)
-    return lax.optimization_barrier(jnp.dot(w_OI, x_IN, **options))
+    return lax.optimization_barrier(jnp.dot(w_OI, x_IN, preferred_element_type=dtype))
 
 
 class Decoder(nnx.Module):
     """A model whose layers lie apart: a slice of a stack would be copied at every token."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, in_int8: bool = False):
         self.embed, self.final_norm = model.embed, model.final_norm
         graph, stacked = nnx.split(model.layers)
         self.layers = nnx.List(
@@ -91,10 +105,12 @@ class Decoder(nnx.Module):
                 for name, module in list(vars(part).items()):
                     if isinstance(module, Linear):
                         bias = None if module.bias is None else module.bias[...]
-                        setattr(part, name, Projection(module.weight[...], bias, dtype, rows_last))
+                        weight_IO = module.weight[...]
+                        projection = Projection(weight_IO, bias, dtype, rows_last, in_int8)
+                        setattr(part, name, projection)
         # A tied head is the embedding itself, which lies as it should.
         tied = model.lm_head is None
-        self.head = None if tied else Projection(model.head_DV(), None, dtype, rows_last)
+        self.head = None if tied else Projection(model.head_DV(), None, dtype, rows_last, in_int8)
         self.config, self.rows_last = model.config, rows_last
 
     def __call__(self, tokens_BT, position_BT, cache: list[Cache] | None):
@@ -113,15 +129,17 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BD):
         """float32 logits, (V, B): to turn them costs as much as half the head's product."""
-        w_VD = self.embed.weight[...] if self.head is None else self.head.weight[...]
-        w_VD = w_VD.astype(x_BD.dtype)
-        return product(w_VD, x_BD, self.rows_last, preferred_element_type=jnp.float32)
+        if self.head is not None:
+            return self.head.product(x_BD, jnp.float32)
+        w_VD = self.embed.weight[...].astype(x_BD.dtype)
+        return product(w_VD, x_BD, self.rows_last, jnp.float32)
 
 
-@jax.jit
-def unstacked(model: Transformer) -> Decoder:
-    """The model, ready for decoding."""
-    return Decoder(model)
+@partial(jax.jit, static_argnums=1)
+def unstacked(model: Transformer, in_int8: bool = False) -> Decoder:
+    """The model, ready for decoding; in_int8: its projections and an untied head in int8, all else
+    (experts, embedding, norms) as it is."""
+    return Decoder(model, in_int8)
 
 
 class Structure:

@@ -98,9 +98,15 @@ class Engine:
         *,
         slots: int = 16,
         max_length: int | None = None,
+        int8: bool = False,
     ):
         """slots: requests that are decoded at once. max_length: the most tokens of a prompt and its
-        text; the model's context if None. Raises UserError when it is more than that."""
+        text; the model's context if None. Raises UserError when it is more than that.
+
+        int8: keep the weights of the layers' products and of an untied head in int8, a scale for
+        each output; experts, embedding and norms stay as they are. The engine keeps nothing of the
+        float weights: they are gone once nobody else holds the model.
+        """
         config = self.config = model.config
         if slots < 1:
             raise UserError(f"slots = {slots}: it must be at least 1")
@@ -110,7 +116,7 @@ class Engine:
                 f"max_length = {max_length}: it must be from 2 to the model's context of "
                 f"{config.context_length}"
             )
-        graph, weights = nnx.split(decoder.unstacked(model))
+        graph, weights = nnx.split(decoder.unstacked(model, int8))
         self._structure = decoder.structure(graph)
         self._weights = nnx.to_pure_dict(weights)
         self._slots: list[_Running | None] = [None] * slots
