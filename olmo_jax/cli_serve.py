@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from olmo_jax.cli_generate import Model
+from olmo_jax.cli_generate import Int8, Model
 from olmo_jax.errors import UserError
 
 
@@ -22,6 +22,7 @@ def serve(
         int | None,
         Option("--max_length", help="Most tokens of prompt and text; the model's context if none."),
     ] = None,
+    int8: Int8 = False,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a page to write with it at /, /health and /metrics.
 
@@ -46,4 +47,5 @@ def serve(
         slots=slots,
         queue=queue,
         max_length=max_length,
+        int8=int8,
     )

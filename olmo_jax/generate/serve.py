@@ -82,16 +82,18 @@ def serve(
     slots: int = 16,
     max_length: int | None = None,
     queue: int = 256,
+    int8: bool = False,
 ) -> None:
     """Serves a model until SIGTERM or SIGINT; returns when what was accepted is finished.
 
-    slots: texts that are made at once; queue: those that may wait. Raises UserError.
+    slots: texts that are made at once; queue: those that may wait; int8: as `Engine`'s. Raises
+    UserError.
     """
     if queue < 0:
         raise UserError(f"queue = {queue}: it must be 0 or more")
     listener = bound(host, port)  # before the model is loaded: it may take minutes
     text = load_text_files(path)
-    engine = Engine(load(path), slots=slots, max_length=max_length)
+    engine = Engine(load(path), slots=slots, max_length=max_length, int8=int8)
     _warm_up(engine, slots)
     server = Server(path.rstrip("/"), Driver(engine, slots + queue), text)
     # uvicorn sends itself the signal that ended it, once it has put back what was set before.
