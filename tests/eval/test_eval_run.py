@@ -148,7 +148,7 @@ def test_the_command(tmp_path, hf_model, capsys):
     ("arguments", "words"),
     [
         (["--tasks=arc_esy"], "did you mean arc_easy"),
-        ([], "give a model and --tasks"),
+        ([], "give one model and one of --tasks"),
         (["--tasks=piqa", "--out=results.txt"], "ends in .json"),
         (["--tasks=piqa", "--limit=0"], "at least 1"),
     ],
