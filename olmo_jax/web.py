@@ -3,10 +3,12 @@
 By the standard library: fsspec's own takes any error for a file that is not there.
 """
 
+import errno
+import io
 import shutil
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from olmo_jax.errors import UserError
 
@@ -42,9 +44,40 @@ class WebFiles:
                 )
             return answer.read()
 
+    def open(self, url: str, mode: str = "rb", block_size: int | None = None) -> BinaryIO:
+        """As fsspec's: with a block size of 0 to be read from the beginning, as it comes; without
+        one anywhere, all of it in memory."""
+        if block_size == 0:
+            return cast(BinaryIO, _Stream(_open(url)))
+        return io.BytesIO(self.cat_file(url))
+
     def get_file(self, url: str, target: str) -> None:
         with _open(url) as answer, open(target, "wb") as file:
             shutil.copyfileobj(answer, file, 2**20)
+
+
+class _Stream(io.RawIOBase):
+    """An answer's bytes as they come. A connection cut in the middle is an OSError."""
+
+    def __init__(self, answer: Any):
+        self._answer, self._at = answer, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self._answer.readinto(buffer)
+        if not n and self._answer.length:
+            raise OSError(errno.EIO, f"the connection ended {self._answer.length} bytes early")
+        self._at += n
+        return n
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._answer.close()
+        super().close()
 
 
 def _open(url: str, method: str = "GET", span: str | None = None) -> Any:
