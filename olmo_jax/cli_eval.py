@@ -178,8 +178,8 @@ def _harness(model, tasks: str, include_path, num_fewshot, limit, out: Path | No
         raise UserError("--harness needs lm-eval: install olmo-jax[harness]") from None
     from olmo_jax.eval.harness import evaluate
     from olmo_jax.eval.page import terminal_table
-    from olmo_jax.eval.pages import write_file
     from olmo_jax.eval.run import Results
+    from olmo_jax.files import write_file
 
     options = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit, step=step)
     content = evaluate(model, [name for name in tasks.split(",") if name], **options)
@@ -193,7 +193,7 @@ def _compare(paths: list[str], out: Path | None) -> None:
 
     from olmo_jax.eval.compare import differences, plots, read_folder, read_result
     from olmo_jax.eval.compare_show import difference_table, page, steps_table
-    from olmo_jax.eval.pages import write_file
+    from olmo_jax.files import write_file
 
     folders = [path for path in paths if Path(path).is_dir()]
     if folders and folders == paths:

@@ -48,7 +48,7 @@ def inspect(
 
     from olmo_jax.eval.inspection import STREAM, inspect
     from olmo_jax.eval.inspection_show import page, table
-    from olmo_jax.eval.pages import write_file
+    from olmo_jax.files import write_file
 
     found = inspect(model, text, top=top, activations=activations or STREAM)
     Console().print(table(found))

@@ -67,8 +67,7 @@ def train(
     from olmo_jax.train.loop import train
 
     at_end = partial(_report, config.train.run_dir)
-    evaluators: list[Evaluator] = [*_samples(config), *_tasks(config)]
-    raise typer.Exit(train(config, to_gin(config), evaluators, at_end, steps))
+    raise typer.Exit(train(config, to_gin(config), _evaluators(config), at_end, steps))
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
@@ -167,15 +166,6 @@ class Samples:
         return Evaluation({}, samples)
 
 
-def _samples(config: "RunConfig") -> list[Samples]:
-    train = config.train
-    if not train.sample_prompts:
-        return []
-    if train.tokenizer is None:
-        raise UserError("Train.sample_prompts is given and Train.tokenizer is not: give both")
-    return [Samples(config, train.tokenizer)]
-
-
 class Tasks:
     """The loop's evaluator of `Train.evaluators`."""
 
@@ -200,13 +190,17 @@ class Tasks:
         return Evaluation(self._run(model, step))
 
 
-def _tasks(config: "RunConfig") -> list[Tasks]:
+def _evaluators(config: "RunConfig") -> "list[Evaluator]":
+    """What the configuration asks for beside held-out text."""
     train = config.train
-    if not train.evaluators:
-        return []
-    if train.tokenizer is None:
-        raise UserError("Train.evaluators is given and Train.tokenizer is not: give both")
-    return [Tasks(config, train.tokenizer)]
+    kinds: dict[str, type[Samples] | type[Tasks]] = {"sample_prompts": Samples, "evaluators": Tasks}
+    out: list[Evaluator] = []
+    for name, kind in kinds.items():
+        if getattr(train, name):
+            if train.tokenizer is None:
+                raise UserError(f"Train.{name} is given and Train.tokenizer is not: give both")
+            out.append(kind(config, train.tokenizer))
+    return out
 
 
 def _report(run_dir: str) -> None:

@@ -46,6 +46,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_file(path: Path, text: str) -> None:
+    """`write_bytes` for what a person asked for: raises UserError."""
+    try:
+        write_bytes(path, text.encode())
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
 def jsonl_lines(path: Path) -> Iterator[bytes]:
     """The lines of a run's log, or of its parts where it lies in a bucket (`train.parts`)."""
     if storage.is_remote(path):

@@ -1,13 +1,14 @@
 """Comparisons for people: tables for the terminal, and a page."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from olmo_jax import pages
 from olmo_jax.eval.compare import Difference, Result
-from olmo_jax.eval.pages import render
-from olmo_jax.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Plot
+from olmo_jax.report.plots import BOX, Plot
 
 HEAD = ("task", "metric", "items", "first", "this", "difference", "95 % interval", "")
 
@@ -48,13 +49,12 @@ def page(
     plots: Sequence[Plot] = (),
 ) -> str:
     """HTML of differences to the first result, or of plots over the step."""
-    return render(
-        "compare.html.j2",
+    return pages.render(
+        Path(__file__).with_name("compare.html.j2"),
         title=title,
         first=first,
         head=HEAD,
         compared=[(name, [cells(row) for row in rows]) for name, rows in compared],
         plots=plots,
-        box={"width": WIDTH, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP}
-        | {"height": HEIGHT, "bottom": HEIGHT - BOTTOM},
+        box=BOX,
     )

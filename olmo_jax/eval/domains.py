@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from tokenizers import Tokenizer
 
 from olmo_jax.data.documents import parse_line, read_lines, text_field, total_bytes
 from olmo_jax.errors import UserError
+from olmo_jax.eval.part import Part
 from olmo_jax.eval.run import fingerprint
 from olmo_jax.eval.scoring import Pair, Scorer
-from olmo_jax.files import write_bytes, write_error
+from olmo_jax.files import write_file
 
 RESAMPLES = 1000
 _BLOCK = 256  # documents that are packed together: enough to fill rows, few enough to lose
@@ -60,19 +62,15 @@ def evaluate(
     """
     if out is not None and out.suffix != ".json":
         raise UserError(f"--out={out}: give a name that ends in .json")
-    part, kept = None, list[list[Document]]()
-    if out is not None:
-        of = [fingerprint(scorer.model, ()), scorer.max_length, domain_field]
-        of += [f"{Path(path).name} {total_bytes([path])}" for path in paths]
-        part = out.with_name(f"{out.name}.part")
-        kept = _kept(part, json.dumps({"of": of}).encode() + b"\n")
-    blocks = score_documents(
-        scorer, tokenizer, eos_id, paths, domain_field, progress, skip=len(kept)
-    )
-    for block in blocks:
-        kept.append(block)
-        if part is not None:
-            _append(part, json.dumps(block).encode() + b"\n")
+    with nullcontext() if out is None else Part(out, _of(scorer, paths, domain_field)) as part:
+        kept = [[Document(*fields) for fields in block] for block in (part.found if part else ())]
+        blocks = score_documents(
+            scorer, tokenizer, eos_id, paths, domain_field, progress, skip=len(kept)
+        )
+        for block in blocks:
+            kept.append(block)
+            if part:
+                part.append(block)
     documents = [document for block in kept for document in block]
     content = {
         "model": name,
@@ -82,36 +80,15 @@ def evaluate(
         **summarize(documents, seed),
         "documents": documents,
     }
-    if out is not None and part is not None:
-        try:
-            write_bytes(out, (json.dumps(content, indent=1) + "\n").encode())
-        except OSError as error:
-            raise write_error(out, error) from None
-        part.unlink(missing_ok=True)
+    if part and out:
+        write_file(out, json.dumps(content, indent=1) + "\n")
+        part.remove()
     return content
 
 
-def _append(part: Path, line: bytes) -> None:
-    try:
-        with open(part, "ab") as file:
-            file.write(line)
-    except OSError as error:
-        raise write_error(part, error) from None
-
-
-def _kept(part: Path, head: bytes) -> list[list[Document]]:
-    """The whole blocks of a file on the way; it is begun anew where they are of something else."""
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        content = part.read_bytes() if part.exists() else b""
-        content = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
-        if not content.startswith(head):
-            content = head
-        write_bytes(part, content)
-    except OSError as error:
-        raise write_error(part, error) from None
-    lines = content[len(head) :].splitlines()
-    return [[Document(*fields) for fields in json.loads(line)] for line in lines]
+def _of(scorer: Scorer, paths: Sequence[str], domain_field: str) -> list[Any]:
+    sizes = [f"{Path(path).name} {total_bytes([path])}" for path in paths]
+    return [fingerprint(scorer.model, ()), scorer.max_length, domain_field, *sizes]
 
 
 def score_documents(

@@ -5,6 +5,7 @@ What was seen is inspection.py's.
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from olmo_jax import pages
 from olmo_jax.eval.inspection import Inspection
-from olmo_jax.eval.pages import render
 
 ROWS = 60  # tokens in the terminal's table; a page and a file have all
 _DARK_FROM = 8.0  # nats: a loss from which a token's colour gets no deeper
@@ -81,8 +82,8 @@ def page(found: Inspection, model: str) -> str:
     write, mean over the tokens."""
     norms_LH = found.attention_norms_LHT.mean(axis=-1)
     highest = float(norms_LH.max()) or 1.0
-    return render(
-        "inspection.html.j2",
+    return pages.render(
+        Path(__file__).with_name("inspection.html.j2"),
         model=model,
         summary=summary(found),
         tokens=list(tokens(found)),

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup
+from olmo_jax import pages
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,15 +44,7 @@ def cells(results: "Results") -> tuple[list[str], list[list[str]]]:
 
 def render(results: Sequence["Results"]) -> str:
     """The page as HTML, a table for each model."""
-    folder = Path(__file__).parent
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return templates.get_template("page.html.j2").render(
-        style=Markup((folder.parent / "report" / "style.css").read_text()),
+    return pages.render(
+        Path(__file__).with_name("page.html.j2"),
         results=[(r.content, *cells(r)) for r in results],
     )

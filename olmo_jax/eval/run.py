@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 
 from olmo_jax.errors import UserError
 from olmo_jax.eval.metrics import Answered, choice, compute
+from olmo_jax.eval.part import Part
 from olmo_jax.eval.scoring import Pair, Score, Scorer
 from olmo_jax.eval.suites import SUITES
 from olmo_jax.eval.tasks import Task, expand, load_task
@@ -149,18 +151,18 @@ def evaluate(
     requests = Requests([load_task(label, limit) for label in labels], tokenizer, eos_id)
     scorer = scorer or Scorer.on_all_devices(model)
     requests.refuse_longer(scorer.max_length)
-    part = None if out is None else _Part(out, fingerprint(scorer.model, requests.pairs))
-    scores = {} if part is None else part.scores
-    try:
+    scores: dict[int, Score] = {}
+    of = fingerprint(scorer.model, requests.pairs) if out else None
+    with Part(out, of) if out else nullcontext() as part:
+        for i, logprob, greedy, logprobs in part.found if part else ():
+            scores[i] = Score(logprob, greedy, np.array(logprobs, np.float32))
         for i, score in scorer(requests.pairs, progress, done=set(scores)):
             scores[i] = score
-            if part is not None:
-                part.append(i, score)
-    finally:
-        if part is not None:
-            part.close()
+            if part:
+                logprobs = [float(x) for x in score.logprobs]
+                part.append([i, score.logprob, score.is_greedy, logprobs])
     results = Results(_content(name, names, requests, scores, limit, as_published))
-    if part is not None and out is not None:
+    if part and out:
         from olmo_jax.eval.page import render
 
         try:
@@ -168,7 +170,7 @@ def evaluate(
             write_bytes(out, (json.dumps(results.content, indent=1) + "\n").encode())
         except OSError as error:
             raise write_error(out, error) from error
-        part.path.unlink(missing_ok=True)
+        part.remove()
     return results
 
 
@@ -214,47 +216,6 @@ def _stderr(metric: str, answered: Sequence[Answered]) -> float | None:
         return None
     values = [next(iter(compute(metric, [item]).values())) for item in answered]
     return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-class _Part:
-    """Scores on the way to a file: a line for what they belong to, then one for each pair."""
-
-    def __init__(self, out: Path, fingerprint: str):
-        self.path = out.with_name(f"{out.name}.part")
-        self.scores: dict[int, Score] = {}
-        kept = b""
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                kept = self._read(fingerprint)
-            write_bytes(self.path, kept or json.dumps({"of": fingerprint}).encode() + b"\n")
-            self._file = open(self.path, "ab")  # noqa: SIM115
-        except OSError as error:
-            raise write_error(self.path, error) from error
-
-    def _read(self, fingerprint: str) -> bytes:
-        """The whole lines, empty where they are another evaluation's; fills `scores`."""
-        content = self.path.read_bytes()
-        content = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
-        first, *lines = content.splitlines() or [b""]
-        if first != json.dumps({"of": fingerprint}).encode():
-            return b""
-        for line in lines:
-            i, logprob, greedy, logprobs = json.loads(line)
-            self.scores[i] = Score(logprob, greedy, np.array(logprobs, np.float32))
-        return content
-
-    def append(self, i: int, score: Score) -> None:
-        logprobs = [float(x) for x in score.logprobs]
-        line = json.dumps([i, score.logprob, score.is_greedy, logprobs])
-        try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise write_error(self.path, error) from error
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def fingerprint(model: Transformer, pairs: Sequence[Pair]) -> str:

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
+from olmo_jax import pages
 from olmo_jax.plan.roofline import Outlook
 from olmo_jax.plan.show import assumptions, gib, rows
 from olmo_jax.plan.targets import parse_target
@@ -28,18 +26,10 @@ COLOURS = {
 
 def render(outlooks: Sequence[Outlook], title: str = "olmo-jax plan") -> str:
     """The page as HTML."""
-    folder = Path(__file__).parent
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     columns = [rows(o) for o in outlooks]
-    return templates.get_template("page.html.j2").render(
+    return pages.render(
+        Path(__file__).with_name("page.html.j2"),
         title=title,
-        style=Markup((folder.parent / "report" / "style.css").read_text()),
         names=[o.name for o in outlooks],
         table=[
             (key.strip(), key.startswith(" "), [column.get(key, "") for column in columns])

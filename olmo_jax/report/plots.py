@@ -12,6 +12,15 @@ import numpy as np
 
 WIDTH, HEIGHT = 560, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 30
+BOX = {
+    "width": WIDTH,
+    "left": LEFT,
+    "right": WIDTH - RIGHT,
+    "top": TOP,
+    "height": HEIGHT,
+    "bottom": HEIGHT - BOTTOM,
+}
+"""What plot.svg.j2 draws within."""
 MAX_POINTS = 600  # as many as a screen shows; more only makes the page heavy
 
 

@@ -3,8 +3,6 @@
 What is on the page and in which words; run_files.py reads, plots.py draws, the template lays out.
 """
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -12,14 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
+from olmo_jax import pages
 from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes
 from olmo_jax.numerals import count_text, size_text
-from olmo_jax.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, Plot, make_plot
+from olmo_jax.report.plots import BOX, Curve, Plot, make_plot
 from olmo_jax.report.run_files import Run, number, read_run
 from olmo_jax.storage import location
 
@@ -71,16 +68,8 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render(run: Run) -> str:
     """The page as HTML."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    script = (Path(__file__).parent / "plots.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return templates.get_template("template.html.j2").render(
+    return pages.render(
+        Path(__file__).with_name("template.html.j2"),
         run=run,
         status=_status(run),
         written=datetime.now(UTC),
@@ -88,8 +77,7 @@ def render(run: Run) -> str:
         bars=list(_bars(run)),
         tiles=list(_tiles(run)),
         plots=[plot for plot in _plots(run) if plot is not None],
-        box={"width": WIDTH, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP}
-        | {"height": HEIGHT, "bottom": HEIGHT - BOTTOM},
+        box=BOX,
         evaluation=_evaluation(run),
         samples=_samples(run),
         data_tables=[
@@ -105,9 +93,6 @@ def render(run: Run) -> str:
             for name, fact in run.environment.items()
         ],
         size_text=size_text,
-        # The only script that a browser may run in this page, should an escape ever be forgotten.
-        script=Markup(script),
-        script_digest=digest,
     )
 
 
