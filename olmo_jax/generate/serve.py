@@ -110,6 +110,8 @@ def serve(
     web = WebServer(server, host)
     web.run(sockets=[listener])
     if web.force_exit:  # Ctrl-C, and again
+        # uvicorn did not stop it then, and a thread that is inside XLA when Python ends aborts.
+        server.driver.stop()
         raise KeyboardInterrupt
     if server.driver.failure is not None:
         raise server.driver.failure
