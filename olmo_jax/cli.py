@@ -19,6 +19,7 @@ from olmo_jax import (
     cli_launch,
     cli_plan,
     cli_serve,
+    cli_study,
     cli_train,
 )
 from olmo_jax.cli_shared import GIN, print_error, progress
@@ -48,6 +49,7 @@ app.command()(cli_generate.chat)
 app.command()(cli_serve.serve)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_inspect.inspect)
+app.add_typer(cli_study.app, name="study")
 
 
 def main() -> None:

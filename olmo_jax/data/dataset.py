@@ -80,7 +80,7 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "DataSet":
         for name, patterns in (config.sources or {"": config.paths}).items()
     }
     every_file = [file for opened in files.values() for file in opened]
-    if _documents_are_few(every_file):
+    if documents_are_few(every_file):
         storage.map_files(check_complete, every_file, [f.path for f in every_file])
     return DataSet(config, vocab_size, files)
 
@@ -217,7 +217,7 @@ class DataSet:
     def table(self) -> list[dict[str, Any]]:
         """A row for each source: name, files, bytes, tokens, documents (None if not known or too
         many to count), instances, share of the training instances."""
-        count = _documents_are_few([f for s in self.sources for f in s.files])
+        count = documents_are_few([f for s in self.sources for f in s.files])
         return [
             {
                 "source": s.name or "data",
@@ -277,7 +277,7 @@ def _count_documents(files: tuple[TokenFile, ...]) -> int | None:
     return count
 
 
-def _documents_are_few(files: Iterable[TokenFile]) -> bool:
+def documents_are_few(files: Iterable[TokenFile]) -> bool:
     """Whether reading every .csv.gz takes seconds rather than hours."""
     paths = [f.documents_path for f in files]
     sizes = storage.map_files(lambda p: storage.size(p) if storage.exists(p) else 0, paths, paths)

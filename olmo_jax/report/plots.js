@@ -27,7 +27,8 @@ for (const figure of document.querySelectorAll("figure.plot")) {
     cursor.setAttribute("x1", position);
     cursor.setAttribute("x2", position);
     cursor.style.visibility = "visible";
-    readout.textContent = `step ${step.toLocaleString("en")} · ` +
+    const name = plot.names ? plot.names[step] : `step ${step.toLocaleString("en")}`;
+    readout.textContent = `${name} · ` +
       found.map((curve) => (found.length > 1 ? `${curve.label} ${curve.value}` : curve.value)).join(" · ");
   };
 

@@ -34,6 +34,7 @@ class Curve:
     values: np.ndarray
     smoothed: bool = False  # draws the values faintly, and their moving median over them
     dots: bool = False
+    interval: np.ndarray | None = None  # (2, N), low and high: a band about the line
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ def make_plot(
     text: Callable[[float], str],
     levels: dict[str, float] | None = None,
     from_zero: bool = False,
+    names: list[str] | None = None,
 ) -> Plot | None:
     """A plot of `curves` over the step, with horizontal lines at `levels`; None without a point.
 
-    `text` writes a value for people. With `from_zero` the axis starts at zero.
+    `text` writes a value for people. With `from_zero` the axis starts at zero. `names` are what
+    0, 1, 2, … stand for where the curves are not over steps.
     """
     curves = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not curves:
@@ -70,7 +73,12 @@ def make_plot(
     # One compilation, or the first steps of a long run, would flatten all the rest: they may leave
     # the frame.
     low = min(0.0, values.min()) if from_zero else min(values.min(), *levels.values(), np.inf)
-    high = min(values.max(), low + 1.5 * (np.quantile(values, 0.98) - low))
+    high = values.max()
+    if not all(curve.dots for curve in curves):
+        high = min(high, low + 1.5 * (np.quantile(values, 0.98) - low))
+    for curve in curves:
+        if curve.interval is not None:
+            low, high = min(low, np.nanmin(curve.interval)), max(high, np.nanmax(curve.interval))
     low, high = _padded(low, max(high, *levels.values(), -np.inf), from_zero)
     first, last = float(steps.min()), float(steps.max())
     if first == last:
@@ -98,6 +106,9 @@ def make_plot(
                 "path": _path(x(middle_steps), y(medians))
                 if smooth
                 else _path(x(steps), y(values)),
+                "band": _band(x(curve.steps), y(curve.interval))
+                if curve.interval is not None
+                else "",
                 "dots": [
                     (round(float(x(s)), 1), round(float(y(v)), 1))
                     for s, v in zip(steps, values, strict=True)
@@ -120,10 +131,19 @@ def make_plot(
         title=title,
         curves=drawn,
         levels=_placed_levels([(name, level, float(y(level))) for name, level in levels.items()]),
-        x_ticks=[(round(float(x(t)), 1), tick_text(t)) for t in ticks(first, last, 6) if t >= 0],
+        x_ticks=[(round(float(x(t)), 1), name) for t, name in enumerate(names)]
+        if names
+        else [(round(float(x(t)), 1), tick_text(t)) for t in ticks(first, last, 6) if t >= 0],
         y_ticks=[(round(float(y(t)), 1), tick_text(t)) for t in ticks(low, high, 5)],
         newest=text(float(newest)),
-        hover={"first": first, "last": last, "left": LEFT, "right": WIDTH - RIGHT, "curves": hover},
+        hover={
+            "first": first,
+            "last": last,
+            "left": LEFT,
+            "right": WIDTH - RIGHT,
+            "names": names,
+            "curves": hover,
+        },
     )
 
 
@@ -186,6 +206,14 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
             keep.add(int(finite[np.argmax(values[finite])]))
     kept = sorted(keep)
     return steps[kept], values[kept]
+
+
+def _band(x: np.ndarray, y_2: np.ndarray) -> str:
+    """A closed SVG path along the lows and back along the highs; without values no path."""
+    known = np.isfinite(y_2).all(axis=0)
+    x, (low, high) = x[known], y_2[:, known]
+    path = _path(np.concatenate([x, x[::-1]]), np.concatenate([low, high[::-1]]))
+    return f"{path}Z" if path else ""
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:

@@ -1,0 +1,140 @@
+"""What a model has read, by steps of its run, and places in it to ask the model about.
+
+Steps are counted from 0, as `data inspect` does: a checkpoint of step S has read steps 0 to S - 1.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from olmo_jax.data import DataSet
+from olmo_jax.data.batch import Instance
+from olmo_jax.errors import UserError
+
+
+class Place(NamedTuple):
+    """A sequence of tokens in an instance, and where training meets it."""
+
+    n: int
+    """Position of the instance in the data's order."""
+    instance: int
+    offset: int
+    """Of its first token in the instance."""
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The first `steps` steps of a run on a data set."""
+
+    dataset: DataSet
+    steps: int
+    """How many the model was trained for."""
+    ahead: int = 0
+    """Steps of the data's order that the run leaves out at its beginning (Train.data_from_step)."""
+
+    def first_n(self, step: int) -> int:
+        """The position in the order at which a step of the run begins to read."""
+        return self.dataset.first_n(step + self.ahead)
+
+    @property
+    def read(self) -> range:
+        """The positions in the order that the model has read."""
+        return range(self.first_n(0), self.first_n(self.steps))
+
+    @property
+    def next(self) -> range:
+        """Those that come next, as many, as far as a source is still gone through for the first
+        time (`is_new`). Empty for a model that has read all of its data."""
+        end = max(self._first_epochs())
+        return range(self.read.stop, min(end, self.read.stop + len(self.read)))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the model has read no instance twice."""
+        return self.read.stop <= min(self._first_epochs())
+
+    def _first_epochs(self) -> list[int]:
+        """How far in the order each source comes for the first time, within a period's rounding."""
+        mixture = self.dataset.mixture
+        parts, period = (mixture.parts, mixture.period) if mixture else ([1], 1)
+        lengths = [source.epoch_length for source in self.dataset.sources]
+        return [n * period // part for n, part in zip(lengths, parts, strict=True)]
+
+    def step_and_row(self, n: int) -> tuple[int, int]:
+        """The step of the run that reads position n, and the row of its batch."""
+        step = self.dataset.step_of(n)
+        return step - self.ahead, n - self.dataset.first_n(step)
+
+    def is_new(self, n: int) -> bool:
+        """Whether no earlier position has the same instance."""
+        return epoch(self.dataset, n) == 0
+
+
+def epoch(dataset: DataSet, n: int) -> int:
+    """How often the source of position n has been gone through before it."""
+    k, j = dataset.mixture(n) if dataset.mixture else (0, n)
+    return j // dataset.sources[k].epoch_length
+
+
+def evenly(of: Sequence, most: int) -> list:
+    """At most so many, evenly spread from the first to the last."""
+    if len(of) <= most:
+        return list(of)
+    return [of[i] for i in np.linspace(0, len(of) - 1, most).round().astype(np.int64)]
+
+
+@dataclass
+class Places:
+    """Sequences of `length` tokens at one offset of instances, or where documents begin."""
+
+    length: int
+    offset: int = 0
+    at_documents: bool = False
+    skipped: int = field(default=0, init=False)
+    """So far: too close to the end of the instance (or document), or, under document masking,
+    across documents, which the model has not read as one text."""
+
+    def of(self, dataset: DataSet, positions: Iterable[int]) -> list[Place]:
+        found = []
+        for n in positions:
+            row = dataset.instance(n)
+            for offset in self._offsets(dataset, row):
+                end = offset + self.length
+                segments = row.segment_ids_T[offset:end]
+                if len(segments) < self.length or not (segments == max(segments[0], 1)).all():
+                    self.skipped += 1
+                    continue
+                tokens = tuple(row.tokens_T[offset:end].tolist())
+                found.append(Place(n, row.instance_id, offset, tokens))
+        return found
+
+    def _offsets(self, dataset: DataSet, row: Instance) -> list[int]:
+        if not self.at_documents:
+            return [self.offset]
+        starts = document_starts(dataset, row)
+        ends = [*starts[1:], int(np.count_nonzero(row.segment_ids_T))]
+        whole = [a for a, b in zip(starts, ends, strict=True) if b - a >= self.length]
+        self.skipped += len(starts) - len(whole)
+        return whole
+
+
+def document_starts(dataset: DataSet, row: Instance) -> list[int]:
+    """Offsets in an instance where documents begin: after an eos, or as the .csv.gz says. Raises
+    UserError where the data tell neither."""
+    n = int(np.count_nonzero(row.segment_ids_T))
+    if (eos := dataset.config.eos_token_id) is not None:
+        first = [0] if dataset.config.instances == "packed" else []  # a piece is a document
+        return [*first, *(np.flatnonzero(row.tokens_T[: n - 1] == eos) + 1).tolist()]
+    starts, at = [], 0
+    for place in dataset.where(row.instance_id):
+        if not place.documents:
+            raise UserError(
+                f"{place.path}: where documents begin is not known: give Data.eos_token_id, or the "
+                ".csv.gz beside the token file"
+            )
+        starts += [at + d.start - place.start for d in place.documents if d.start >= place.start]
+        at += place.end - place.start
+    return starts
