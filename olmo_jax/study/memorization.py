@@ -111,7 +111,7 @@ def choose(
         found["held out"] = evenly(places.of(heldout, positions), left)
     if not any(found.values()):
         raise UserError(
-            f"no sequence of {LENGTH} tokens was found ({places.skipped:,} were too short): "
+            f"no sequence of {LENGTH} tokens was found ({places.skipped:,} ended early): "
             "give other --steps, another --offset, or no --documents"
         )
     return found, places.skipped

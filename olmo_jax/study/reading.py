@@ -5,6 +5,7 @@ Steps are counted from 0, as `data inspect` does: a checkpoint of step S has rea
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -115,8 +116,8 @@ class Places:
         if not self.at_documents:
             return [self.offset]
         starts = document_starts(dataset, row)
-        ends = [*starts[1:], int(np.count_nonzero(row.segment_ids_T))]
-        whole = [a for a, b in zip(starts, ends, strict=True) if b - a >= self.length]
+        end = int(np.count_nonzero(row.segment_ids_T))
+        whole = [a for a, b in pairwise([*starts, end]) if b - a >= self.length]
         self.skipped += len(starts) - len(whole)
         return whole
 

@@ -1,0 +1,220 @@
+"""Memorisation: what is asked is what was read, repeats are all found, and a planted passage shows."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from olmo_jax import cli
+from olmo_jax.data import DataConfig, Document, open_dataset, write_token_file
+from olmo_jax.study import occurrences
+from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, choose
+from olmo_jax.study.reading import Places, Reading
+
+VOCAB, T, BATCH, STEPS = 300, 128, 4, 80
+PASSAGE = np.random.default_rng(7).permutation(np.arange(1, VOCAB))[: LENGTH + 6]
+GIN = """
+Model.vocab_size = 300
+Model.d_model = 32
+Model.n_layers = 1
+Model.n_heads = 2
+Model.mlp_width = 64
+Model.context_length = 128
+Data.sequence_length = 128
+Data.eos_token_id = 0
+Data.batch_size = 4
+Optimizer.learning_rate = 0.01
+Optimizer.weight_decay = 0.0
+Schedule.kind = "constant"
+Train.steps = 80
+Train.tensorboard = False
+"""
+
+
+def write(path, seed, passage=None, documents=1300, longest=120):
+    """Documents of noise, every second one the passage, if there is any."""
+    rng, tokens, rows = np.random.default_rng(seed), [], []
+    for k in range(documents):
+        document = rng.integers(1, VOCAB, rng.integers(20, longest))
+        planted = passage is not None and k % 2 == 0
+        document = np.append(passage if planted else document, 0)
+        start = sum(map(len, tokens))
+        name = "planted" if planted else f"noise-{k}"
+        rows.append(Document(start, start + len(document), name, "a.jsonl", k + 1))
+        tokens.append(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_token_file(path, np.concatenate(tokens), rows, "uint16")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with two runs: one that reads the passage again and again, one that never does."""
+    folder = tmp_path_factory.mktemp("memorization")
+    (folder / "tiny.gin").write_text(GIN)
+    write(folder / "planted/a.npy", 1, PASSAGE)
+    write(folder / "clean/a.npy", 1)
+    for name in ("planted", "clean"):
+        arguments = [
+            f"--gin.Data.paths=('{folder}/{name}/*.npy',)",
+            f"--gin.Train.run_dir={folder}/runs/{name}",
+        ]
+        assert cli.run(["train", f"--gin_file={folder}/tiny.gin", *arguments]) == 0
+    return folder
+
+
+def study(runs, model, *options):
+    out = runs / "out" / f"{model}.json"
+    command = ["study", "memorization", str(runs / "runs" / model), f"--out={out}"]
+    assert cli.run([*command, *options]) == 0
+    items = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    return json.loads(out.read_text()), items, out.with_suffix(".html").read_text()
+
+
+def test_a_model_trained_on_a_passage_has_memorised_it_and_another_has_not(runs):
+    data = f"--run={runs / 'runs/planted'}"
+    for model, knows in (("planted", True), ("clean", False)):
+        content, items, page = study(runs, model, data, "--documents", "--limit=200")
+        planted = [item for item in items if item["documents"] == ["planted"]]
+        noise = [item for item in items if item["documents"] != ["planted"]]
+        assert len(planted) > 50 and len(noise) > 50
+        assert all(item["memorised"] == knows for item in planted)
+        assert not any(item["memorised"] for item in noise)
+        assert all(item["prompt"] == PASSAGE[:PROMPT].tolist() for item in planted)
+        # The passage counts once, however often it was drawn, and with all of its repeats.
+        most = content["by repeats"][-1]
+        assert most["sequences"] == 1 and most["share"] == knows and most["repeats"][0] > 32
+        assert content["read"]["memorised"] == knows and content["not read"]["memorised"] == 0
+        # Noise cannot be known: 1 of 300 tokens by chance.
+        assert content["not read"]["score_interval"][0] < 0.02 > content["not read"]["score"]
+        assert ("None of the sequences." in page) != knows
+        assert ("was trained on other data" in page) != knows
+
+
+def test_what_was_read_is_told_from_what_comes_next_by_the_batches_of_training(runs):
+    _, items, _ = study(runs, "planted", "--limit=100")
+    dataset = open_dataset(
+        DataConfig(
+            paths=(f"{runs}/planted/*.npy",), sequence_length=T, eos_token_id=0, batch_size=BATCH
+        ),
+        VOCAB,
+    )
+    batches = [dataset.batch(step) for step in range(STEPS)]
+    for group in ("read", "next"):
+        assert sum(item["group"] == group for item in items) > (group == "read") * 90
+    for item in items:
+        tokens = item["prompt"] + item["continuation"]
+        if item["group"] == "read":
+            row = batches[item["step"]].tokens_BT[item["row"]]
+            assert row[:LENGTH].tolist() == tokens
+        else:
+            assert item["step"] >= STEPS
+            assert all(item["instance"] not in batch.instance_ids_B for batch in batches)
+        # Greedy, and on the model's own tokens.
+        hits = np.equal(item["generated"], item["continuation"])
+        assert item["score"] == hits.mean() and len(hits) == CONTINUATION
+
+
+def test_a_study_that_was_interrupted_goes_on_to_the_same_files(runs, monkeypatch):
+    from olmo_jax.generate import Engine
+
+    whole = study(runs, "planted", "--limit=120")
+    (runs / "out/planted.json").unlink()
+    step, calls, submitted = Engine.step, [], []
+
+    def interrupted(engine):
+        calls.append(engine)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    command = ["study", "memorization", str(runs / "runs/planted"), "--limit=120"]
+    command.append(f"--out={runs / 'out/planted.json'}")
+    assert cli.run(command) == 130
+    part = (runs / "out/planted.json.part").read_text().splitlines()[1:]
+    assert part and not (runs / "out/planted.json").exists()
+    monkeypatch.undo()
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda e, r: submitted.append(r) or submit(e, r))
+    assert study(runs, "planted", "--limit=120") == whole
+    distinct = {(*item["prompt"], *item["continuation"]) for item in whole[1]}
+    assert len(submitted) == len(distinct) - len(part)
+    assert not (runs / "out/planted.json.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--steps=80", "the run has 80 steps, counted from 0 to 79"),
+        ("--steps=5:2", "--steps=5:2"),
+        ("--offset=65", "Data.sequence_length is 128"),
+        ("--offset=3 --documents", "give one of them"),
+        ("--limit=0", "--limit=0"),
+        ("--out=x.txt", ".json"),
+        ("--step=7", "step 7"),
+        ("--trained_steps=3", "leave it out"),
+        ("--gin.Data.seed=3", "--gin.Data.seed"),
+        ("--run=nowhere", "nowhere/config.json"),
+        ("--gin_file=TINY --gin.Model.vocab_size=400 --gin.Data.paths=OTHER", "token 3"),
+    ],
+)
+def test_a_mistake_is_one_line(runs, options, expected, capsys):
+    wide = runs / "wide/a.npy"
+    if not wide.exists():
+        wide.parent.mkdir()
+        write_token_file(wide, np.full(1000, 399), [], "uint16")
+    options = options.replace("TINY", str(runs / "tiny.gin")).replace("OTHER", f"('{wide}',)")
+    capsys.readouterr()
+    assert cli.run(["study", "memorization", str(runs / "runs/planted"), *options.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+
+
+@pytest.mark.parametrize("instances", ["fixed", "packed"])
+def test_every_occurrence_of_a_sequence_in_what_was_read_is_counted(tmp_path, instances):
+    """Against a look at every window of every instance, in an order that reads some twice."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, 1500)  # few tokens: short sequences come again
+    ends = [*range(37, 1500, 37), 1500]
+    rows = [Document(a, b, "d", "s", 1) for a, b in zip([0, *ends], ends, strict=False)]
+    write_token_file(tmp_path / "a.npy", tokens, rows, "uint8")
+    config = DataConfig(
+        paths=(str(tmp_path / "a.npy"),), sequence_length=50, instances=instances, batch_size=7
+    )
+    reading = Reading(open_dataset(config, 3), steps=7, ahead=1)
+    windows: Counter = Counter()
+    for n in reading.read:
+        row = reading.dataset.instance(n)
+        text = row.tokens_T[: np.count_nonzero(row.segment_ids_T)].tolist()
+        windows.update(tuple(text[i : i + 6]) for i in range(len(text) - 5))
+    assert len(reading.read) > len(reading.dataset)
+    wanted = [*windows, (3,) * 6]
+    assert max(windows.values()) > 5
+    assert occurrences.count(reading, wanted) == [*windows.values(), 0]
+
+
+def test_nothing_that_was_read_is_taken_for_new_in_a_mixture(tmp_path):
+    """The smaller source comes round again while the larger one is new; masked documents are no
+    one text."""
+    write(tmp_path / "a.npy", 0, documents=20, longest=500)
+    write(tmp_path / "b.npy", 1, documents=200, longest=500)
+    config = DataConfig(
+        sources={name: (str(tmp_path / f"{name}.npy"),) for name in "ab"},
+        weights={"a": 0.5, "b": 0.5},
+        sequence_length=T,
+        eos_token_id=0,
+        document_masking=True,
+    )
+    reading = Reading(open_dataset(config, VOCAB), steps=10)
+    read = {reading.dataset.instance_id(n) for n in reading.read}
+    found, skipped = choose(reading, limit=60)
+    assert {place.instance for place in found["read"]} <= read
+    assert found["next"] and not {place.instance for place in found["next"]} & read
+    assert skipped and all(0 not in p.tokens[:-1] for p in found["read"] + found["next"])
+    chosen, _ = choose(reading, steps=[2, 11], limit=60)
+    assert {reading.step_and_row(p.n)[0] for p in chosen["read"] + chosen["next"]} == {2, 11}
+    beginnings = Places(LENGTH, at_documents=True).of(reading.dataset, reading.read)
+    for place in beginnings:
+        before = reading.dataset.row(place.instance).tokens_T[place.offset - 1]
+        assert place.offset > 0 and before == 0
