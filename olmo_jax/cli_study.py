@@ -212,11 +212,13 @@ def _trained(
 
 def _as_run(model: str) -> str:
     """The run folder that a model is of. UserError where it is none."""
-    from olmo_jax.storage import location
+    from olmo_jax.storage import is_web, location
 
-    for folder in (location(model), location(model).parent.parent):  # RUN, RUN/checkpoints/stepN
-        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-            return str(folder)
+    if not is_web(model):
+        here = location(model)
+        for folder in (here, here.parent.parent):  # RUN, RUN/checkpoints/stepN
+            if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+                return model if folder == here else str(folder)
     raise UserError(
         f"{model} is no run folder: give --run=RUN, whose data the model has read, or --gin_file"
     )

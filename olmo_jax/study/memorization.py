@@ -32,7 +32,7 @@ PROMPT, CONTINUATION = 32, 32
 LENGTH = PROMPT + CONTINUATION
 # Rows by step: at most so many, and no more than leave each so many sequences in the mean.
 BINS, IN_A_BIN = 20, 25
-# Prompts that are decoded at once: one prefill takes as many.
+# Prompts that are decoded at once; the engine prefills so many together, a power of 4.
 SLOTS = 64
 # Instances in which documents' beginnings are looked for, for each sequence that is asked for.
 _LOOK_IN = 20
@@ -179,15 +179,17 @@ def _continued(
         found |= {i: tokens for i, tokens in (part.found if part else ())}
         left = [i for i in range(len(pairs)) if i not in found]
         if left:
-            engine = Engine(model, slots=min(SLOTS, len(left)))
-            requests = {engine.submit(Request(pairs[i].context, CONTINUATION)): i for i in left}
+            slots = next(n for n in (1, 4, 16, SLOTS) if n in (SLOTS, max(n, len(left))))
+            # The last slots are filled up, too: one shape of prefill is compiled instead of four.
+            asked = [*left, *left[:1] * (-len(left) % slots)]
+            engine = Engine(model, slots=slots)
+            requests = {engine.submit(Request(pairs[i].context, CONTINUATION)): i for i in asked}
             texts: dict[int, list[int]] = {id: [] for id in requests}
             while engine.busy:
                 for event in engine.step():
                     texts[event.id] += event.token_ids
-                    if event.finish:
-                        i = requests[event.id]
-                        found[i] = texts.pop(event.id)
+                    if event.finish and (i := requests[event.id]) not in found:
+                        found[i] = texts[event.id]
                         if part:
                             part.append([i, found[i]])
                 if progress:
@@ -238,25 +240,30 @@ def summarise(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def figures(items: Sequence[Item]) -> dict[str, Any]:
-    """Of distinct sequences: how many, the mean score and the share memorised, with 95 % intervals
-    (of a normal mean; Wilson's, which is one for zero hits, too)."""
+    """Of distinct sequences: how many, the mean score and the share memorised, with 95 % intervals.
+
+    The share's is Wilson's, which says something of no hits, too. So is the mean's for fewer than
+    10, whose deviation says little: it is right for any score from 0 to 1, and wide.
+    """
     scores = list({(*i.prompt, *i.continuation): i.score for i in items}.values())
     n = len(scores)
     if not n:
         return {"sequences": 0}
     mean, hits = float(np.mean(scores)), sum(score == 1 for score in scores)
-    error = 1.96 * float(np.std(scores, ddof=1)) / n**0.5 if n > 1 else 1.0
+    error = 1.96 * float(np.std(scores, ddof=1)) / n**0.5 if n >= 10 else 0.0
     return {
         "sequences": n,
         "score": mean,
-        "score_interval": [max(0.0, mean - error), min(1.0, mean + error)],
+        "score_interval": [max(0.0, mean - error), min(1.0, mean + error)]
+        if n >= 10
+        else _wilson(n * mean, n),
         "memorised": hits,
         "share": hits / n,
         "share_interval": _wilson(hits, n),
     }
 
 
-def _wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
+def _wilson(hits: float, n: int, z: float = 1.96) -> list[float]:
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * (hits * (n - hits) / n + z * z / 4) ** 0.5
     return [max(0.0, centre - half), min(1.0, centre + half)]

@@ -20,9 +20,8 @@ MOST_PASSAGES, MOST_OTHERS = 100, 10
 class Passage(NamedTuple):
     """A sequence as text."""
 
-    score: float
-    repeats: int | None
-    where: str
+    about: str
+    """Its score, how often and where it was read."""
     prompt: str
     continuation: str
     generated: str
@@ -97,49 +96,58 @@ def plots(content: dict[str, Any]) -> list[Plot]:
     unread = [row for row in content["by step"] if not row["read"]]
     repeats = content["by repeats"]
     names = [_span(row["repeats"]).replace(" to ", "-") for row in repeats]
-    measures = (("score", "Mean score", "{:.3f}"), ("share", "Share memorised", "{:.2%}"))
-    for key, title, form in measures:
+    measures = (("score", "Mean score", "{:.3f}", 1), ("share", "Memorised, %", "{:.2f} %", 100))
+    for key, title, form, scale in measures:
         curves = [
-            _curve(name, colour, [sum(row["steps"]) / 2 for row in of], of, key)
+            _curve(name, colour, [sum(row["steps"]) / 2 for row in of], of, key, scale)
             for name, colour, of in (("read", "train", read), ("not read", "heldout", unread))
             if of
         ]
         levels = {}
         if not unread and content["not read"]["sequences"]:
-            levels = {"held out": content["not read"][key]}
+            levels = {"held out": scale * content["not read"][key]}
         text = form.format
         drawn.append(make_plot(f"{title} by the step that reads it", curves, text, levels, True))
-    for key, title, form in measures:
+    for key, title, form, scale in measures:
         if len(repeats) > 1:
-            curve = _curve("", "train", range(len(repeats)), repeats, key)
+            curve = _curve("", "train", range(len(repeats)), repeats, key, scale)
             about = f"{title} by how often it was read"
             drawn.append(make_plot(about, [curve], form.format, None, True, names))
     return [plot for plot in drawn if plot]
 
 
-def _curve(name: str, colour: str, at: Sequence[float], of: Sequence[dict], key: str) -> Curve:
-    values = np.array([row[key] for row in of], np.float64)
-    interval = np.array([row[f"{key}_interval"] for row in of], np.float64).T
+def _curve(
+    name: str, colour: str, at: Sequence[float], of: Sequence[dict], key: str, scale: int
+) -> Curve:
+    values = scale * np.array([row[key] for row in of], np.float64)
+    interval = scale * np.array([row[f"{key}_interval"] for row in of], np.float64).T
     return Curve(name, colour, np.array(at, np.float64), values, dots=True, interval=interval)
 
 
 def passages(items: Sequence[Item], tokenizer: Tokenizer | None) -> list[Passage]:
     """Each distinct sequence once, the highest score first, then what was read most often. Ids of
     tokens where there is no tokenizer."""
-    distinct = {(*item.prompt, *item.continuation): item for item in items}.values()
-    best = sorted(distinct, key=lambda item: (-item.score, -(item.repeats or 0), item.n))
+    distinct: dict[tuple[int, ...], Item] = {}
+    for item in items:  # what was read first
+        distinct.setdefault((*item.prompt, *item.continuation), item)
+    best = sorted(distinct.values(), key=lambda item: (-item.score, -(item.repeats or 0), item.n))
     return [
         Passage(
-            item.score,
-            item.repeats,
-            ("held-out text" if item.step is None else f"step {item.step:,}, row {item.row}")
-            + (f": {', '.join(item.documents)}" if item.documents else ""),
+            _about(item),
             _text(tokenizer, item.prompt),
             _text(tokenizer, item.continuation),
             "" if item.memorised else _text(tokenizer, item.generated),
         )
         for item in best
     ]
+
+
+def _about(item: Item) -> str:
+    where = "held-out text" if item.step is None else f"step {item.step:,}, row {item.row}"
+    if item.group == "next":
+        where = f"comes in {where}"
+    times = [] if item.repeats is None else [_times((item.repeats, item.repeats))]
+    return "; ".join([f"score {item.score:.3g}", *times, where, *(item.documents or ())])
 
 
 def _text(tokenizer: Tokenizer | None, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Memorisation: what is asked is what was read, repeats are all found, and a planted passage shows."""
+"""Memorisation: what is asked is what was read, repeats are all found, a planted passage shows."""
 
 import json
 from collections import Counter
@@ -49,18 +49,20 @@ def write(path, seed, passage=None, documents=1300, longest=120):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with two runs: one that reads the passage again and again, one that never does."""
+    """A folder with a run that reads the passage again and again; `train` adds others."""
     folder = tmp_path_factory.mktemp("memorization")
     (folder / "tiny.gin").write_text(GIN)
     write(folder / "planted/a.npy", 1, PASSAGE)
-    write(folder / "clean/a.npy", 1)
-    for name in ("planted", "clean"):
-        arguments = [
-            f"--gin.Data.paths=('{folder}/{name}/*.npy',)",
-            f"--gin.Train.run_dir={folder}/runs/{name}",
-        ]
-        assert cli.run(["train", f"--gin_file={folder}/tiny.gin", *arguments]) == 0
+    train(folder, "planted")
     return folder
+
+
+def train(folder, name):
+    arguments = [
+        f"--gin.Data.paths=('{folder}/{name}/*.npy',)",
+        f"--gin.Train.run_dir={folder}/runs/{name}",
+    ]
+    assert cli.run(["train", f"--gin_file={folder}/tiny.gin", *arguments]) == 0
 
 
 def study(runs, model, *options):
@@ -71,24 +73,35 @@ def study(runs, model, *options):
     return json.loads(out.read_text()), items, out.with_suffix(".html").read_text()
 
 
-def test_a_model_trained_on_a_passage_has_memorised_it_and_another_has_not(runs):
-    data = f"--run={runs / 'runs/planted'}"
-    for model, knows in (("planted", True), ("clean", False)):
-        content, items, page = study(runs, model, data, "--documents", "--limit=200")
-        planted = [item for item in items if item["documents"] == ["planted"]]
-        noise = [item for item in items if item["documents"] != ["planted"]]
-        assert len(planted) > 50 and len(noise) > 50
-        assert all(item["memorised"] == knows for item in planted)
-        assert not any(item["memorised"] for item in noise)
-        assert all(item["prompt"] == PASSAGE[:PROMPT].tolist() for item in planted)
-        # The passage counts once, however often it was drawn, and with all of its repeats.
-        most = content["by repeats"][-1]
-        assert most["sequences"] == 1 and most["share"] == knows and most["repeats"][0] > 32
-        assert content["read"]["memorised"] == knows and content["not read"]["memorised"] == 0
-        # Noise cannot be known: 1 of 300 tokens by chance.
-        assert content["not read"]["score_interval"][0] < 0.02 > content["not read"]["score"]
-        assert ("None of the sequences." in page) != knows
-        assert ("was trained on other data" in page) != knows
+def check_passage(runs, model, knows):
+    content, items, page = study(
+        runs, model, f"--run={runs / 'runs/planted'}", "--documents", "--limit=200"
+    )
+    planted = [item for item in items if item["documents"] == ["planted"]]
+    noise = [item for item in items if item["documents"] != ["planted"]]
+    assert len(planted) > 50 and len(noise) > 50
+    assert all(item["memorised"] == knows for item in planted)
+    assert not any(item["memorised"] for item in noise)
+    assert all(item["prompt"] == PASSAGE[:PROMPT].tolist() for item in planted)
+    # The passage counts once, however often it was drawn, and with all of its repeats.
+    most = content["by repeats"][-1]
+    assert most["sequences"] == 1 and most["share"] == knows and most["repeats"][0] > 32
+    assert content["read"]["memorised"] == knows and content["not read"]["memorised"] == 0
+    # Noise cannot be known: 1 of 300 tokens by chance.
+    assert content["not read"]["sequences"] > 50 and content["not read"]["score"] < 0.02
+    assert ("None of the sequences." in page) != knows
+    assert ("was trained on other data" in page) != knows
+
+
+def test_a_model_trained_on_a_passage_has_memorised_it(runs):
+    check_passage(runs, "planted", knows=True)
+
+
+@pytest.mark.slow
+def test_a_model_that_never_saw_the_passage_has_not(runs):
+    write(runs / "clean/a.npy", 1)
+    train(runs, "clean")
+    check_passage(runs, "clean", knows=False)
 
 
 def test_what_was_read_is_told_from_what_comes_next_by_the_batches_of_training(runs):
@@ -139,7 +152,7 @@ def test_a_study_that_was_interrupted_goes_on_to_the_same_files(runs, monkeypatc
     monkeypatch.setattr(Engine, "submit", lambda e, r: submitted.append(r) or submit(e, r))
     assert study(runs, "planted", "--limit=120") == whole
     distinct = {(*item["prompt"], *item["continuation"]) for item in whole[1]}
-    assert len(submitted) == len(distinct) - len(part)
+    assert len({request.prompt_ids for request in submitted}) == len(distinct) - len(part)
     assert not (runs / "out/planted.json.part").exists()
 
 
