@@ -126,7 +126,7 @@ def ask(
     out: Path | None = None,
     bar: Bar = lambda *_: nullcontext(),
 ) -> list[Item]:
-    """Has the model continue every place; each distinct sequence once.
+    """Has the model continue every place; each distinct prompt once.
 
     With `out`, what was found is kept in OUT.part on the way, and the same call goes on from there
     (`finish` ends it). Raises UserError.
@@ -147,15 +147,16 @@ def ask(
         with bar("counting repeats", "instances") as progress:
             counts = occurrences.count(reading, sequences, progress)
         repeats = dict(zip(sequences, counts, strict=True))
-    with bar("continuing", "sequences") as progress:
-        generated = dict(zip(sequences, _continued(model, sequences, out, progress), strict=True))
+    prompts = list(dict.fromkeys(tokens[:PROMPT] for tokens in sequences))
+    with bar("continuing", "prompts") as progress:
+        generated = dict(zip(prompts, _continued(model, prompts, out, progress), strict=True))
     items = []
     for group, places in groups.items():
         dataset = heldout if group == "held out" else reading.dataset
         assert dataset or not places
         for place, documents in zip(places, _documents(dataset, places), strict=True):
             prompt, continuation = list(place.tokens[:PROMPT]), list(place.tokens[PROMPT:])
-            tokens = generated[place.tokens]
+            tokens = generated[place.tokens[:PROMPT]]
             score = float(np.mean(np.equal(tokens, continuation)))
             step, row = (None, None) if group == "held out" else reading.step_and_row(place.n)
             # Without a count the order tells, as long as no instance came twice.
@@ -168,22 +169,22 @@ def ask(
 
 def _continued(
     model: Transformer,
-    sequences: Sequence[tuple[int, ...]],
+    prompts: Sequence[tuple[int, ...]],
     out: Path | None,
     progress: Progress | None,
 ) -> list[list[int]]:
     """What the model makes of each prompt, greedily."""
-    pairs = [Pair(tokens[:PROMPT], tokens[PROMPT:]) for tokens in sequences]
     found: dict[int, list[int]] = {}
-    with Part(out, fingerprint(model, pairs)) if out else nullcontext() as part:
+    of = fingerprint(model, [Pair(prompt, ()) for prompt in prompts]) if out else ""
+    with Part(out, of) if out else nullcontext() as part:
         found |= {i: tokens for i, tokens in (part.found if part else ())}
-        left = [i for i in range(len(pairs)) if i not in found]
+        left = [i for i in range(len(prompts)) if i not in found]
         if left:
             slots = next(n for n in (1, 4, 16, SLOTS) if n in (SLOTS, max(n, len(left))))
             # The last slots are filled up, too: one shape of prefill is compiled instead of four.
             asked = [*left, *left[:1] * (-len(left) % slots)]
             engine = Engine(model, slots=slots)
-            requests = {engine.submit(Request(pairs[i].context, CONTINUATION)): i for i in asked}
+            requests = {engine.submit(Request(prompts[i], CONTINUATION)): i for i in asked}
             texts: dict[int, list[int]] = {id: [] for id in requests}
             while engine.busy:
                 for event in engine.step():
@@ -193,8 +194,8 @@ def _continued(
                         if part:
                             part.append([i, found[i]])
                 if progress:
-                    progress(len(found), len(pairs))
-    return [found[i] for i in range(len(pairs))]
+                    progress(len(found), len(prompts))
+    return [found[i] for i in range(len(prompts))]
 
 
 def _documents(dataset: DataSet | None, places: Sequence[Place]) -> list[list[str] | None]:
