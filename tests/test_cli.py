@@ -29,6 +29,8 @@ COMMANDS = [
     ["data", "tokenizer"],
     ["data", "tokenize"],
     ["data", "inspect"],
+    ["study"],
+    ["study", "memorization"],
 ]
 
 
@@ -73,7 +75,7 @@ for command in {[[], *COMMANDS]}:
     with contextlib.redirect_stdout(text):
         assert run([*command, "--help"]) == 0
     assert "Usage: " + " ".join(["olmo-jax", *command]) in text.getvalue(), text.getvalue()
-    assert command in ([], ["data"]) or "olmo-jax " + " ".join(command) + " " in (
+    assert command in ([], ["data"], ["study"]) or "olmo-jax " + " ".join(command) + " " in (
         text.getvalue().partition("Usage")[2].partition("\\n")[2].replace("\\n", " ")
     ), "no example"
 print(time.process_time())

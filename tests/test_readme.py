@@ -1,4 +1,5 @@
-"""Every olmo-jax command and every line of Python in README.md runs, in order, as written.
+"""Every olmo-jax command and every line of Python in README.md, then docs/study.md, runs, in order,
+as written.
 
 In a folder where the demo's files are smaller: a few sentences instead of plays, six steps.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / path).read_text() for path in ("README.md", "docs/study.md"))
 SMALLER = {
     "Train.steps = 1000": "Train.steps = 6",
     "Checkpoint.every = 500": "Checkpoint.every = 3",
@@ -70,7 +71,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     servers = [command for command in commands if command.startswith("olmo-jax serve")]
     for command in commands:
         if command not in servers:
-            run(command.replace("--step=500", "--step=3"))
+            run(re.sub("steps?=500", lambda found: found[0].replace("500", "3"), command))
     run("olmo-jax convert runs/demo runs/demo/hf --to=hf")
     [command] = servers
     command = f"exec {command} --port=0"

@@ -89,7 +89,7 @@ def check_passage(runs, model, knows):
     assert content["read"]["memorised"] == knows and content["not read"]["memorised"] == 0
     # Noise cannot be known: 1 of 300 tokens by chance.
     assert content["not read"]["sequences"] > 50 and content["not read"]["score"] < 0.02
-    assert ("None of the sequences." in page) != knows
+    assert ("None of the sequences." in page) != knows and 'class="band"' in page
     assert ("was trained on other data" in page) != knows
 
 
@@ -102,6 +102,24 @@ def test_a_model_that_never_saw_the_passage_has_not(runs):
     write(runs / "clean/a.npy", 1)
     train(runs, "clean")
     check_passage(runs, "clean", knows=False)
+
+
+@pytest.mark.slow
+def test_the_scores_are_those_of_pythias_program_on_transformers(runs):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    hf = runs / "runs/hf"
+    assert cli.run(["convert", str(runs / "runs/planted"), str(hf), "--to=hf"]) == 0
+    content, items, _ = study(runs, "hf", f"--run={runs / 'runs/planted'}", "--limit=100")
+    assert content["trained_steps"] == STEPS and "taken as trained" in content["notes"][0]
+    assert 10 < sum(item["memorised"] for item in items) < len(items) - 10
+    model = AutoModelForCausalLM.from_pretrained(hf)
+    prompts = torch.tensor([item["prompt"] for item in items])
+    text = model.generate(prompts, do_sample=False, max_new_tokens=CONTINUATION, eos_token_id=None)
+    truth = torch.tensor([item["continuation"] for item in items])
+    scores = (text[:, PROMPT:LENGTH] == truth).float().mean(axis=-1)
+    assert scores.tolist() == [item["score"] for item in items]
 
 
 def test_what_was_read_is_told_from_what_comes_next_by_the_batches_of_training(runs):
