@@ -121,6 +121,7 @@ def memorization(
     from olmo_jax.data import open_dataset
     from olmo_jax.study import memorization as study
     from olmo_jax.study import occurrences
+    from olmo_jax.study.figures import summarise
     from olmo_jax.study.memorization_show import page, table
     from olmo_jax.study.reading import Reading
     from olmo_jax.train.plan import Plan
@@ -160,7 +161,7 @@ def memorization(
         "skipped": skipped,
         "repeats_counted": occurrences.can_count(reading),
         "notes": notes,
-        **study.summarise(items),
+        **summarise(items),
     }
     console = Console()
     if not console.is_terminal:  # a file has no width

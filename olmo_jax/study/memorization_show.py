@@ -35,8 +35,10 @@ def rows(content: dict[str, Any]) -> dict[str, list[list[str]]]:
         of = [row for row in content["by step"] if row["read"] == read]
         return [_cells(f"steps {_span(row['steps'])}", row) for row in of]
 
+    steps = content["steps"]
+    read = f"read in steps {steps}" if steps else f"read in {content['trained_steps']:,} steps"
     groups = [
-        _cells(f"read in {content['trained_steps']:,} steps", content["read"]),
+        _cells(read, content["read"]),
         _cells("not read", content["not read"]),
     ]
     repeats = [_cells(_times(row["repeats"]), row) for row in content["by repeats"]]

@@ -47,10 +47,10 @@ class Reading:
 
     @property
     def next(self) -> range:
-        """Those that come next, as many, as far as a source is still gone through for the first
-        time (`is_new`). Empty for a model that has read all of its data."""
+        """Those that come next, as many (all for a model that has read nothing), as far as a source
+        is still gone through for the first time (`is_new`): empty where all data were read."""
         end = max(self._first_epochs())
-        return range(self.read.stop, min(end, self.read.stop + len(self.read)))
+        return range(self.read.stop, min(end, self.read.stop + (len(self.read) or end)))
 
     @property
     def is_first(self) -> bool:
