@@ -44,7 +44,7 @@ def memorization(
         Path | None,
         Option(
             "--out",
-            help="The figures as JSON; every sequence (.jsonl) and a page (.html) come beside it. "
+            help="The figures as JSON; every sequence (.sequences.jsonl) and a page (.html) come beside it. "
             "Killed, the same command goes on.",
         ),
     ] = None,
@@ -101,7 +101,7 @@ def memorization(
     """
     if out is not None and out.suffix != ".json":
         raise UserError(
-            f"--out={out}: give a name that ends in .json; .jsonl and .html come beside it"
+            f"--out={out}: give a name that ends in .json; .sequences.jsonl and .html come beside it"
         )
     if documents and offset:
         raise UserError("--documents and --offset are two ways to choose: give one of them")
@@ -171,7 +171,7 @@ def memorization(
     console.print(table(content))
     if out is not None:
         study.finish(out, content, items, page(content, items, tokenizer))
-        beside = [str(out.with_suffix(suffix)) for suffix in (".json", ".jsonl", ".html")]
+        beside = [str(out.with_suffix(suffix)) for suffix in (".json", ".sequences.jsonl", ".html")]
         console.print(f"written: {', '.join(beside)}", soft_wrap=True)
 
 

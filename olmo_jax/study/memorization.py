@@ -42,7 +42,7 @@ Bar = Callable[[str, str], AbstractContextManager[Progress | None]]
 
 @dataclass
 class Item:
-    """A sequence that the model was asked to continue; a line of the .jsonl."""
+    """A sequence that the model was asked to continue; a line of the .sequences.jsonl."""
 
     group: str
     """read: the model has read this instance; next: it comes later in the data's order; held out:
@@ -213,10 +213,10 @@ def _documents(dataset: DataSet | None, places: Sequence[Place]) -> list[list[st
 
 
 def finish(out: Path, content: dict[str, Any], items: Sequence[Item], page: str) -> None:
-    """Writes the summary (.json), the items (.jsonl) and the page (.html), each whole, and ends
+    """Writes the summary (.json), the items (.sequences.jsonl) and the page (.html), each whole, and ends
     OUT.part. Raises UserError."""
     try:
-        with replacing(out.with_suffix(".jsonl")) as file:
+        with replacing(out.with_suffix(".sequences.jsonl")) as file:
             file.writelines(json.dumps(asdict(item)).encode() + b"\n" for item in items)
         write_bytes(out.with_suffix(".html"), page.encode())
         write_bytes(out, (json.dumps(content, indent=1) + "\n").encode())

@@ -36,7 +36,7 @@ def rows(content: dict[str, Any]) -> dict[str, list[list[str]]]:
         return [_cells(f"steps {_span(row['steps'])}", row) for row in of]
 
     steps = content["steps"]
-    read = f"read in steps {steps}" if steps else f"read in {content['trained_steps']:,} steps"
+    read = f"read, of steps {steps}" if steps else f"read in {content['trained_steps']:,} steps"
     groups = [
         _cells(read, content["read"]),
         _cells("not read", content["not read"]),
