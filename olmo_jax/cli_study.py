@@ -44,8 +44,8 @@ def memorization(
         Path | None,
         Option(
             "--out",
-            help="The figures as JSON; every sequence (.sequences.jsonl) and a page (.html) come beside it. "
-            "Killed, the same command goes on.",
+            help="The figures as JSON; every sequence (.sequences.jsonl) and a page (.html) come "
+            "beside it. Killed, the same command goes on.",
         ),
     ] = None,
     steps: Annotated[
@@ -100,9 +100,7 @@ def memorization(
     ```
     """
     if out is not None and out.suffix != ".json":
-        raise UserError(
-            f"--out={out}: give a name that ends in .json; .sequences.jsonl and .html come beside it"
-        )
+        raise UserError(f"--out={out}: give a name that ends in .json; all else is named after it")
     if documents and offset:
         raise UserError("--documents and --offset are two ways to choose: give one of them")
     if run and gin_file:

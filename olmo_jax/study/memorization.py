@@ -213,8 +213,8 @@ def _documents(dataset: DataSet | None, places: Sequence[Place]) -> list[list[st
 
 
 def finish(out: Path, content: dict[str, Any], items: Sequence[Item], page: str) -> None:
-    """Writes the summary (.json), the items (.sequences.jsonl) and the page (.html), each whole, and ends
-    OUT.part. Raises UserError."""
+    """Writes the summary (.json), the items (.sequences.jsonl) and the page (.html), each whole,
+    and ends OUT.part. Raises UserError."""
     try:
         with replacing(out.with_suffix(".sequences.jsonl")) as file:
             file.writelines(json.dumps(asdict(item)).encode() + b"\n" for item in items)

@@ -69,7 +69,8 @@ def study(runs, model, *options):
     out = runs / "out" / f"{model}.json"
     command = ["study", "memorization", str(runs / "runs" / model), f"--out={out}"]
     assert cli.run([*command, *options]) == 0
-    items = [json.loads(line) for line in out.with_suffix(".sequences.jsonl").read_text().splitlines()]
+    lines = out.with_suffix(".sequences.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
     return json.loads(out.read_text()), items, out.with_suffix(".html").read_text()
 
 
