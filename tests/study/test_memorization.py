@@ -175,6 +175,13 @@ def test_a_study_that_was_interrupted_goes_on_to_the_same_files(runs, monkeypatc
     assert not (runs / "out/planted.json.part").exists()
 
 
+def test_beyond_what_can_be_counted_the_order_tells_repeats(runs, monkeypatch):
+    monkeypatch.setattr(occurrences, "MOST_TOKENS", 0)
+    content, items, page = study(runs, "planted", "--limit=120")
+    assert not content["repeats_counted"] and "counts whole instances" in page
+    assert all(item["repeats"] == (item["group"] == "read") for item in items)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -250,3 +257,18 @@ def test_nothing_that_was_read_is_taken_for_new_in_a_mixture(tmp_path):
     for place in beginnings:
         before = reading.dataset.row(place.instance).tokens_T[place.offset - 1]
         assert place.offset > 0 and before == 0
+
+
+def test_held_out_text_is_the_control_of_a_model_that_has_read_all(tmp_path):
+    write(tmp_path / "a.npy", 0, documents=40)
+    write(tmp_path / "b.npy", 1, documents=40)
+    dataset, heldout = (
+        open_dataset(DataConfig(paths=(f"{tmp_path}/{name}.npy",), sequence_length=T), VOCAB)
+        for name in "ab"
+    )
+    found, _ = choose(Reading(dataset, steps=len(dataset)), heldout, limit=10)
+    assert [len(places) for places in found.values()] == [10, 0, 10]
+    for place in found["held out"]:
+        assert tuple(heldout.row(place.instance).tokens_T[:LENGTH]) == place.tokens
+    found, _ = choose(Reading(dataset, steps=0), limit=10)
+    assert [len(places) for places in found.values()] == [0, 10, 0]
