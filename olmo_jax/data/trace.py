@@ -6,7 +6,7 @@ has seen steps 1 to N. Finding a string is text_index.py's; nothing here is on t
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,18 +113,48 @@ class Trace:
 
         Raises UserError when there is none, with those of a similar name.
         """
-        found = []
+        spans, named = [], []
         for k, f, file in self._files():
             for d in documents_named(file, name):
-                found.append(self._found(k, f, file, d.start, d.end, (d,)))
-        if not found:
+                spans.append((k, f, d.start, d.end))
+                named.append((d,))
+        if not spans:
             raise UserError(self._no_document(name))
-        return found
+        found = self.stretches(spans)
+        return [replace(one, documents=d) for one, d in zip(found, named, strict=True)]
 
-    def stretch(self, k: int, f: int, start: int, end: int) -> Found:
-        """Tokens [start, end) of file f of source k, and every time that some were read."""
-        file = self.dataset.sources[k].files[f]
-        return self._found(k, f, file, start, end, documents_between(file, start, end))
+    def stretches(self, spans: list[tuple[int, int, int, int]]) -> list[Found]:
+        """For each (k, f, start, end): tokens [start, end) of file f of source k, their documents
+        and every time that some of them were read."""
+        sightings: list[list[Sighting]] = [[] for _ in spans]
+        for k, source in enumerate(self.dataset.sources):
+            pieces = [
+                (i, *cut)
+                for i, (of, f, start, end) in enumerate(spans)
+                if of == k
+                for cut in self._pieces_between(k, f, start, end)
+            ]
+            instances_N = np.array([instance for _, instance, _, _ in pieces], np.int64)
+            for n, epoch, p in self._readings(k, instances_N):
+                i, instance, start, end = pieces[p]
+                _, f, first, last = spans[i]
+                a, b = max(start, first), min(end, last)
+                at = a - start + _offset(source, instance, source.files[f], start)
+                step = self.dataset.step_of(n)
+                row = n - self.dataset.first_n(step)
+                instance += source.first_id
+                step += 1 - self._ahead
+                sightings[i].append(Sighting(step, row, n, epoch, instance, a, b, at))
+        return [
+            Found(
+                (file := self.dataset.sources[k].files[f]).path,
+                start,
+                end,
+                documents_between(file, start, end),
+                tuple(read),
+            )
+            for (k, f, start, end), read in zip(spans, sightings, strict=True)
+        ]
 
     def seen(self) -> list[dict[str, Any]]:
         """A row for each source: instances read, tokens, epochs, and of how many documents (None if
@@ -150,31 +180,14 @@ class Trace:
             )
         return rows
 
-    def _found(
-        self, k: int, f: int, file: TokenFile, start: int, end: int, documents: tuple[Document, ...]
-    ) -> Found:
-        sightings = tuple(self._sightings(k, f, start, end))
-        return Found(file.path, start, end, documents, sightings)
-
-    def _sightings(self, k: int, f: int, start: int, end: int) -> Iterator[Sighting]:
-        source = self.dataset.sources[k]
+    def _pieces_between(self, k: int, f: int, start: int, end: int) -> list[list[int]]:
+        """(instance, start, end) of the pieces that overlap tokens [start, end) of a file."""
+        if start >= end:
+            return []
         cuts = self._cuts(k, f)
         low = int(np.searchsorted(cuts[:, 2], start, side="right"))
         high = int(np.searchsorted(cuts[:, 1], end, side="left"))
-        cuts = cuts[low:high] if start < end else cuts[:0]
-        for n, epoch, i in self._readings(k, cuts[:, 0]):
-            instance, a, b = cuts[i].tolist()
-            at = self.dataset.step_of(n)
-            offset = 0
-            for piece in source.instances.pieces(instance):
-                if (piece.file, piece.start) == (source.files[f], a):
-                    break
-                offset += piece.end - piece.start
-            a, b = max(a, start), min(b, end)
-            offset += a - cuts[i, 1].item()
-            row = n - self.dataset.first_n(at)
-            step = at - self._ahead + 1
-            yield Sighting(step, row, n, epoch, source.first_id + instance, a, b, offset)
+        return cuts[low:high].tolist()
 
     def _readings(self, k: int, instances_N: np.ndarray) -> list[tuple[int, int, int]]:
         """(n, epoch from 1, which of `instances_N`) for each time that a source's instances were
@@ -242,6 +255,16 @@ class Trace:
         near = near or difflib.get_close_matches(name, ids, n=_NEAR, cutoff=0.5)
         hint = f"; similar are {', '.join(near)}" if near else f"; the first is {ids[0]}"
         return f"--document={name}: no document of {len(known)} token files has this id{hint}"
+
+
+def _offset(source: Source, instance: int, file: TokenFile, start: int) -> int:
+    """Where in its row the piece of an instance that begins at `start` of a file is."""
+    at = 0
+    for piece in source.instances.pieces(instance):
+        if (piece.file, piece.start) == (file, start):
+            break
+        at += piece.end - piece.start
+    return at
 
 
 def _epochs(source: Source, first: int, last: int) -> Iterator[tuple[int, int, int]]:
