@@ -25,7 +25,9 @@ from olmo_jax.errors import UserError
 BLOCK = 4096  # tokens; its text has some 5,000 to 9,000 different grams
 _BUCKETS = 1 << 15  # bits of a signature: a fifth of them set
 _SEGMENT = 8192  # blocks of an index file: 32 MiB
-_GRAM, _MOST = 4, 256  # bytes of a gram, and of the string that the index looks at
+# Bytes of a gram, and of the string that the index looks at: no more than a block's tokens, so that
+# they lie in one block or two.
+_GRAM, _MOST = 4, 256
 _AT_ONCE = 64  # blocks hashed together
 
 
@@ -84,13 +86,14 @@ class TextIndex:
     def build(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Builds what is not there yet; `progress(done, total)` counts tokens. What is done when it
         is ended stays."""
-        done, total = 0, sum(file.size for file in self.files)
+        before, total = 0, sum(file.size for file in self.files)
         for f, file in enumerate(self.files):
             for segment, n_blocks in enumerate(_segments(file)):
-                before = done
-                self._segment(f, segment, partial(_advance, progress, before, total))
-                done += n_blocks * BLOCK
-                progress(min(done, total), total)
+                start = segment * _SEGMENT * BLOCK
+                advance = partial(_advance, progress, before, start, file.size, total)
+                self._segment(f, segment, advance)
+                advance(n_blocks * BLOCK)
+            before += file.size
 
     def find(self, string: str, most: int) -> Iterator[Hit]:
         """The first `most` places that have the string, in the order of the files."""
@@ -167,8 +170,10 @@ class TextIndex:
         return out
 
 
-def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
+def _advance(
+    progress: Callable[[int, int], None], before: int, start: int, size: int, total: int, done: int
+) -> None:
+    progress(before + min(start + done, size), total)
 
 
 def _segments(file: TokenFile) -> list[int]:

@@ -21,6 +21,7 @@ from olmo_jax.data.token_files import Document, TokenFile
 from olmo_jax.errors import UserError
 
 _NEAR, _LOOKED_AT = 3, 20_000
+_CHUNK = 1 << 22  # instances
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ class Trace:
             first, last = self._counts(self.first_n)[k], self._counts(self.last_n)[k]
             was_read = np.zeros(len(source.instances), bool)
             for epoch, start, end in _epochs(source, first, last):
-                was_read[source.order.instances(epoch, start, end)] = True
+                for at in range(start, end, _CHUNK):
+                    ids = source.order.instances(epoch, at, min(at + _CHUNK, end))
+                    was_read[ids] = True
             documents = self._count_read(k, was_read) if few else None
             rows.append(
                 {
