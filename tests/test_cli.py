@@ -29,6 +29,7 @@ COMMANDS = [
     ["data", "tokenizer"],
     ["data", "tokenize"],
     ["data", "inspect"],
+    ["data", "trace"],
 ]
 
 

@@ -1,6 +1,9 @@
 """A finished run traced back: its batches, token for token, and from its documents to its steps."""
 
 import json
+import re
+import shlex
+import struct
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,6 +21,7 @@ from olmo_jax.train.config import RunConfig
 from olmo_jax.train.loop import train
 from olmo_jax.train.step import Trainer
 
+ROOT = Path(__file__).parents[2]
 TEXT = "to-morrow and creeps in this petty pace from day to the last syllable"
 WORDS = TEXT.split(" ")
 MODEL = {"vocab_size": 320, "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_width": 32}
@@ -28,9 +32,13 @@ def finished(tmp_path_factory):
     """A run of 40 steps of 8 instances, three epochs; and what the training step was given."""
     folder = tmp_path_factory.mktemp("traced")
     rng = np.random.default_rng(0)
+    names = ["hamlet", *[f"d{i}" for i in range(1, 30)]]
     texts = [" ".join(rng.choice(WORDS, 40)) for _ in range(30)]
     (folder / "a.jsonl").write_text(
-        "".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts))
+        "".join(
+            json.dumps({"id": name, "text": text}) + "\n"
+            for name, text in zip(names, texts, strict=True)
+        )
     )
     path = str(folder / "tokenizer.json")
     tokenizer = train_tokenizer([str(folder / "a.jsonl")], path, vocab_size=300)
@@ -38,7 +46,7 @@ def finished(tmp_path_factory):
     for i, text in enumerate(texts):
         start, ids = len(tokens), [*tokenizer.encode(text).ids, 0]
         tokens += ids
-        documents.append(Document(start, len(tokens), f"d{i}", "a.jsonl", i + 1))
+        documents.append(Document(start, len(tokens), names[i], "a.jsonl", i + 1))
     write_token_file(folder / "part.npy", np.array(tokens), documents, "uint16")
     config = RunConfig.from_json(
         {
@@ -114,12 +122,14 @@ def test_traced_documents_are_what_training_was_given(finished):
 def test_a_document_gives_the_steps_that_read_it(finished):
     run, _ = finished
     read: dict[str, set] = {}
-    for step in range(1, 41):
-        for row in json.loads(trace(run, f"--step={step}", "--json"))["rows"]:
-            for part in row["parts"]:
-                seen = (step, row["row"], part["start"], part["end"], part["at"])
-                read.setdefault(part["document"]["id"], set()).add(seen)
-    for name in ("d0", "d7", "d29"):
+    rows = [row for step in range(1, 41) for row in TracedRun(run).trace.rows(step)]
+    for row in rows:
+        [place] = row.places
+        for d in place.documents:
+            start, end = max(d.start, place.start), min(d.end, place.end)
+            seen = (row.step, row.row, start, end, start - place.start)
+            read.setdefault(d.id, set()).add(seen)
+    for name in ("hamlet", "d7", "d29"):
         [found] = json.loads(trace(run, f"--document={name}", "--json"))["found"]
         keys = ("step", "row", "start", "end", "at")
         assert {tuple(s[k] for k in keys) for s in found["sightings"]} == read[name]
@@ -212,3 +222,47 @@ def test_mistakes_are_one_line(finished, capsys):
     }.items():
         assert message in refused(capsys, run, *arguments)
     assert "is not there" in refused(capsys, run / "no", "--step=1")
+
+
+def test_the_commands_of_the_page_run(finished, tmp_path, monkeypatch):
+    """With token files of the sizes that the recipes of released runs need for one step."""
+    run, _ = finished
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in ("runs", "olmo", "pythia"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        rng.integers(0, 50_000, 1024 * 2048 + 99, np.uint16).tofile(tmp_path / f"olmo/part-{k}.npy")
+    rng.permutation(2048).astype(np.uint32).tofile(tmp_path / "olmo/global_indices.npy")
+    pile = rng.integers(0, 50_000, (1024, 2049), np.uint16)
+    pile.tofile(tmp_path / "pythia/document.bin")
+    lengths, starts = np.full(1024, 2049, "<i4"), np.arange(1024, dtype="<i8") * 4098
+    (tmp_path / "pythia/document.idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, 8, 1024, 1025)
+        + lengths.tobytes()
+        + starts.tobytes()
+        + np.arange(1025, dtype="<i8").tobytes()
+    )
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "trace.md").read_text()
+    commands = [
+        line.replace("_checkpoint=500", "_checkpoint=20")
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(commands) == 12
+    for command in commands:
+        with redirect_stdout(StringIO()) as out:
+            assert cli.run(shlex.split(command)[1:]) == 0, command
+    # The last is Pythia's: the last row of its first iteration.
+    with redirect_stdout(StringIO()) as out:
+        assert cli.run([*shlex.split(commands[-1])[1:], "--json"]) == 0
+    [row] = json.loads(out.getvalue())["rows"]
+    assert (row["instance_id"], row["parts"][0]["document"]["id"]) == (1023, "1023")
+    [python] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    values: dict = {}
+    exec(python, values)
+    assert values["tokens_BT"].shape == (8, 16)
