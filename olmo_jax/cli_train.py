@@ -126,11 +126,13 @@ def report(
         path = location(run) / "data.json"
         kept = read_json(path) | {"baselines": read_json(Path(baselines))}
         write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
+    batches, why = None, ""
     try:
-        print(write_batches(run))
+        batches = write_batches(run)
     except UserError as error:
-        print(f"no {NAME}: {error}")
+        why = str(error)
     print(write_report(run))
+    print(batches or f"no {NAME}: {why}")
 
 
 class Samples:
