@@ -1,6 +1,7 @@
 """`olmo-jax data trace`: which documents a step read, and which steps read a document or a text."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from olmo_jax.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from olmo_jax.data.config import DataConfig
     from olmo_jax.data.trace import Trace
     from olmo_jax.data.traced_run import TracedRun
 
@@ -114,9 +116,7 @@ def _open(
 
         data = None
         if given:
-            from olmo_jax.config import load_config
-
-            data = load_config([f"{run}/config.gin"], given, allow_imports).data
+            data = _moved(run, given, allow_imports)
         traced = TracedRun(run, before_checkpoint, data)
         return traced.trace, traced.tokenizer(), traced
     from olmo_jax.config import load_config
@@ -137,6 +137,20 @@ def _open(
     return Trace(dataset, steps, data_from_step=config.train.data_from_step), words, None
 
 
+def _moved(run: str, given: list[str], allow_imports: bool) -> "DataConfig":
+    """The run's DataConfig with bindings on top of it."""
+    from olmo_jax.config import load_config
+    from olmo_jax.storage import is_remote, location
+
+    path = location(run) / "config.gin"
+    if not is_remote(path):
+        return load_config([str(path)], given, allow_imports).data
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "config.gin"
+        copy.write_bytes(path.read_bytes())
+        return load_config([str(copy)], given, allow_imports).data
+
+
 def _step(
     trace: "Trace",
     run: "TracedRun | None",
@@ -150,7 +164,7 @@ def _step(
     from olmo_jax.data.trace_show import row_json, show_rows, stretches
 
     size = trace.dataset.batch_size(trace.batch_step(step))
-    shown = wanted or list(range(size if as_json or out else min(size, limit)))
+    shown = wanted or list(range(size if as_json else min(size, limit)))
     rows, batch = trace.rows(step, shown), trace.batch(step, shown)
     parts = [
         list(stretches(row, tokens_T, words))
