@@ -112,7 +112,8 @@ class Olmo:
     `first_epoch` is what the original calls our epoch 0: 0 in the OLMo repository
     (`IterableDataset`), 1 in OLMo-core (`NumpyFSLDataLoader`). The index of an epoch is built once
     and memory-mapped from `index_dir`; or it is what the original wrote, one of `files` each epoch.
-    `chunk` neighbours stay together: OLMo-core's with max_target_sequence_length, so many times T.
+    `chunk` neighbours stay together: with max_target_sequence_length, so many times T, OLMo-core
+    (1.1.0 to 3.0.0 at least) shuffles stretches of that length.
     """
 
     def __init__(

@@ -36,8 +36,9 @@ class TokenText:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         """Raises UserError for a tokenizer of another kind."""
+        other = UserError("finding text needs a byte-level tokenizer, as those of OLMo are")
         if "ByteLevel" not in str(tokenizer.decoder):
-            raise UserError("finding text needs a byte-level tokenizer, as those of OLMo are")
+            raise other
         self.tokenizer = tokenizer
         self.key = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
         added = tokenizer.get_added_tokens_decoder()
@@ -47,7 +48,10 @@ class TokenText:
             if i < vocab_size and i in added:
                 texts[i] = added[i].content.encode()
             elif i < vocab_size:
-                texts[i] = token.translate(of_letter).encode("latin-1")
+                try:
+                    texts[i] = token.translate(of_letter).encode("latin-1")
+                except UnicodeEncodeError:
+                    raise other from None
         self._vocab_size = vocab_size
         self._sizes = np.array([len(text) for text in texts], np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
@@ -144,7 +148,7 @@ class TextIndex:
         self, f: int, segment: int, progress: Callable[[int], None] = lambda _: None
     ) -> np.ndarray:
         """(buckets, bytes) uint8: bit b of row h says whether block b has a gram of hash h."""
-        name = f"text-{self._keys[f]}-{self.text.key}-{segment}"
+        name = f"text-{BLOCK}-{_BUCKETS}-{self._keys[f]}-{self.text.key}-{segment}"
         build = lambda: self._signatures(self.files[f], segment, progress)  # noqa: E731
         return index_array(self._index_dir, name, build)
 
