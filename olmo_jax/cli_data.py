@@ -8,6 +8,7 @@ from typer import Argument, Context, Option
 
 from olmo_jax.cli_curate import Kind, Retries, Workers, add_commands, make_executor
 from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, run_config
+from olmo_jax.cli_trace import data_trace
 from olmo_jax.errors import UserError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 
 add_commands(app)
+app.command("trace", context_settings=GIN)(data_trace)
 
 Documents = Annotated[list[str], Argument(help="Documents as JSONL, also .gz or .zst.")]
 

@@ -109,12 +109,14 @@ def report(
         Option("--baselines", help='JSON of others\' bits per byte, {"name": 2.3}; kept in RUN.'),
     ] = None,
 ) -> None:
-    """Write a run's page: plots, samples, configuration, environment, data.
+    """Write a run's page: plots, samples, configuration, environment, data; and where its token
+    files are at hand, batches.html to browse what it read.
 
     ```
     olmo-jax report runs/demo
     ```
     """
+    from olmo_jax.report.batches import NAME, write_batches
     from olmo_jax.report.report import write_report
 
     if baselines:
@@ -124,7 +126,13 @@ def report(
         path = location(run) / "data.json"
         kept = read_json(path) | {"baselines": read_json(Path(baselines))}
         write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
+    batches, why = None, ""
+    try:
+        batches = write_batches(run)
+    except UserError as error:
+        why = str(error)
     print(write_report(run))
+    print(batches or f"no {NAME}: {why}")
 
 
 class Samples:

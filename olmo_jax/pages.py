@@ -13,8 +13,8 @@ from markupsafe import Markup
 _REPORT = Path(__file__).parent / "report"
 
 
-def render(template: Path, **values) -> str:
-    """A template as HTML; `style` is the report's, `script` shows plots' values."""
+def render(template: Path, script_file: str = "plots.js", **values) -> str:
+    """A template as HTML; `style` is the report's, `script` one of its (plots.js shows values)."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _REPORT]),
         autoescape=True,
@@ -22,7 +22,7 @@ def render(template: Path, **values) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = (_REPORT / "plots.js").read_text()
+    script = (_REPORT / script_file).read_text()
     return templates.get_template(template.name).render(
         style=Markup((_REPORT / "style.css").read_text()),
         script=Markup(script),

@@ -31,6 +31,7 @@ COMMANDS = [
     ["data", "inspect"],
     ["study"],
     ["study", "memorization"],
+    ["data", "trace"],
 ]
 
 
@@ -302,5 +303,5 @@ def test_train_fork_convert_generate_report(tokens, tmp_path, capfd, monkeypatch
 
     (tmp_path / "b.json").write_text('{"somebody else": 1.25}')
     assert cli.run(["report", run, f"--baselines={tmp_path / 'b.json'}"]) == 0
-    assert capfd.readouterr().out.strip() == f"{run}/report.html"
+    assert capfd.readouterr().out.split() == [f"{run}/report.html", f"{run}/batches.html"]
     assert "somebody else" in (tmp_path / "run/report.html").read_text()

@@ -57,6 +57,10 @@ class DataConfig:
     first_epoch: Literal[0, 1] = 1
     """What `olmo` calls the first epoch: 0 in the OLMo repository (OLMo 1), 1 in OLMo-core."""
 
+    global_indices: tuple[str, ...] = ()
+    """Order olmo only: the original's own `global_indices.npy` (raw uint32), a file for each epoch,
+    in place of the seed's shuffle."""
+
     batch_size: int = 8
     """Instances in a step, over all processes."""
 
@@ -83,6 +87,10 @@ class DataConfig:
         _require(
             not (self.paths and self.sources),
             "give either paths (one set of files) or sources with weights (a mixture), not both",
+        )
+        _require(
+            not self.global_indices or (self.order == "olmo" and not self.sources),
+            "global_indices go with order olmo and paths",
         )
         self._check_sources()
         steps = [step for step, _ in self.batch_size_schedule]

@@ -6,7 +6,7 @@ Reads token files by memory map; prefetch and worker processes are `loader`'s.
 import gzip
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from olmo_jax import storage
 from olmo_jax.data.batch import Batch, Instance, make_instance, stack
 from olmo_jax.data.config import DataConfig
-from olmo_jax.data.fingerprint import fingerprint, fingerprint_files
+from olmo_jax.data.document_index import documents_are_few, documents_between
+from olmo_jax.data.fingerprint import contents, fingerprint, fingerprint_files
 from olmo_jax.data.index_file import default_index_dir
 from olmo_jax.data.instances import FixedInstances, Instances, Piece
 from olmo_jax.data.mixture import Mixture
@@ -30,12 +31,11 @@ from olmo_jax.data.token_files import (
     check_ids,
     find_files,
     open_binary,
+    open_global_indices,
     open_token_file,
     smallest_dtype,
 )
 from olmo_jax.errors import UserError
-
-_READ_DOCUMENTS_BELOW = 256 << 20  # bytes of .csv.gz in all: a few seconds
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ class DataSet:
                 Source(name, source_files, instances, order, length, self._n_instances())
             )
         self._first_ids = np.array([s.first_id for s in self.sources], np.int64)
-        self.fingerprint = self._fingerprint()
 
     def _n_instances(self) -> int:
         return sum(len(s.instances) for s in self.sources)
@@ -130,8 +129,13 @@ class DataSet:
         if c.order == "permute":
             return Permute(size, c.seed, stream=k)
         if c.order == "olmo":
-            return Olmo(size, c.seed, c.first_epoch, self.index_dir)
+            orders = [open_global_indices(path) for path in c.global_indices]
+            return Olmo(size, c.seed, c.first_epoch, self.index_dir, orders, self._chunk())
         return Sequential()
+
+    def _chunk(self) -> int:
+        """Neighbours that order olmo keeps together."""
+        return (self.config.max_target_sequence_length or 0) // self.config.sequence_length or 1
 
     def _epoch_length(self, size: int) -> int:
         # Both originals end an epoch where the next batch would not be full, and then shuffle anew.
@@ -139,11 +143,19 @@ class DataSet:
             return size - size % self.steps.last_batch_size or size
         return size
 
-    def _fingerprint(self) -> str:
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of the files and of all that says which tokens the n-th instance holds."""
         c = self.config
         packed = c.instances == "packed"
+        olmo: dict[str, Any] = {}
+        if c.order == "olmo" and self._chunk() > 1:
+            olmo["chunk"] = self._chunk()
+        if c.global_indices:
+            olmo["global_indices"] = [contents(path) for path in c.global_indices]
         return fingerprint(
-            {
+            olmo
+            | {
                 "sequence_length": c.sequence_length,
                 "instances": c.instances,
                 "max_target_sequence_length": c.max_target_sequence_length,
@@ -210,7 +222,7 @@ class DataSet:
     def where(self, instance_id: int) -> list[Location]:
         """The stretches of files that make up an instance, with their documents."""
         return [
-            Location(file.path, start, end, _documents_between(file, start, end))
+            Location(file.path, start, end, documents_between(file, start, end))
             for file, start, end in self._pieces(instance_id)
         ]
 
@@ -258,15 +270,6 @@ def _document_starts(file: TokenFile) -> np.ndarray:
     return document_spans(file, None)[:, 0]
 
 
-@lru_cache(maxsize=8)
-def _documents(file: TokenFile) -> list[Document]:
-    return file.documents() or []
-
-
-def _documents_between(file: TokenFile, start: int, end: int) -> tuple[Document, ...]:
-    return tuple(d for d in _documents(file) if d.start < end and d.end > start)
-
-
 def _count_documents(files: tuple[TokenFile, ...]) -> int | None:
     if not all(storage.exists(f.documents_path) for f in files):
         return None
@@ -275,10 +278,3 @@ def _count_documents(files: tuple[TokenFile, ...]) -> int | None:
         with gzip.open(open_binary(file.documents_path), "rb") as f:
             count += sum(1 for _ in f)
     return count
-
-
-def documents_are_few(files: Iterable[TokenFile]) -> bool:
-    """Whether reading every .csv.gz takes seconds rather than hours."""
-    paths = [f.documents_path for f in files]
-    sizes = storage.map_files(lambda p: storage.size(p) if storage.exists(p) else 0, paths, paths)
-    return sum(sizes) < _READ_DOCUMENTS_BELOW

@@ -27,6 +27,11 @@ class Instances(Protocol):
 
     def pieces(self, i: int) -> list[Piece]: ...
 
+    def cuts(self, k: int) -> np.ndarray:
+        """The inverse: instance, start, end of all pieces of file k, in the file's order, (n, 3)
+        int64."""
+        ...
+
 
 class FixedInstances:
     """Each file cut every `sequence_length` tokens on its own, its tail dropped (OLMo's FSL).
@@ -60,3 +65,8 @@ class FixedInstances:
         k = int(np.searchsorted(self._ends, i, side="right"))
         start = (i - (int(self._ends[k - 1]) if k else 0)) * self._length
         return [Piece(self._files[k], start, start + self._length)]
+
+    def cuts(self, k: int) -> np.ndarray:
+        ids_N = np.arange(self._ends[k - 1] if k else 0, self._ends[k])
+        starts_N = (ids_N - (ids_N[0] if len(ids_N) else 0)) * self._length
+        return np.stack([ids_N, starts_N, starts_N + self._length], axis=1)

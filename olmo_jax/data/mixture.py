@@ -28,6 +28,17 @@ class Mixture:
         k = int(self._source_of[m])
         return k, round_ * self.parts[k] + int(self._count_before[m])
 
+    def counts(self, n: int) -> list[int]:
+        """How many of the first n instances each source gives."""
+        round_, m = divmod(n, self.period)
+        part = np.bincount(self._source_of[:m], minlength=len(self.parts)).tolist()
+        return [round_ * p + c for p, c in zip(self.parts, part, strict=True)]
+
+    def positions(self, k: int, j_N: np.ndarray) -> np.ndarray:
+        """The inverse of calling: which instance of all the j-th that source k gives is."""
+        round_N, m_N = np.divmod(j_N, self.parts[k])
+        return round_N * self.period + np.flatnonzero(self._source_of == k)[m_N]
+
 
 def whole_parts(weights: list[float]) -> list[int]:
     """The weights as whole numbers in the same ratio, at least 1 each, about a million at most.

@@ -62,6 +62,7 @@ class PackedInstances:
     ):
         self._groups = [tuple(files[k : k + group_size]) for k in range(0, len(files), group_size)]
         self._length, self._eos, self._index_dir = sequence_length, eos_token_id, index_dir
+        self._group_size = group_size
         self._names = []
         counts = []
         for k, group in enumerate(self._groups):
@@ -81,6 +82,17 @@ class PackedInstances:
         first, last = int(index[1 + i]), int(index[2 + i])
         rows = index[2 + n_instances :].reshape(-1, 3)[first:last]
         return [Piece(self._groups[k][f], start, end) for f, start, end in rows.tolist()]
+
+    def cuts(self, k: int) -> np.ndarray:
+        group, f = divmod(k, self._group_size)
+        index = self._index(group)
+        n_instances = int(index[0])
+        rows = index[2 + n_instances :].reshape(-1, 3)
+        ids = np.repeat(np.arange(n_instances), np.diff(index[1 : 2 + n_instances]))
+        found = np.flatnonzero(rows[:, 0] == f)
+        found = found[np.argsort(rows[found, 1])]
+        first = int(self._ends[group - 1]) if group else 0
+        return np.concatenate([first + ids[found, None], rows[found, 1:]], axis=1)
 
     def _index(self, k: int) -> np.ndarray:
         return index_array(self._index_dir, self._names[k], lambda: self._build(self._groups[k]))

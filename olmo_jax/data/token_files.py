@@ -160,6 +160,17 @@ def open_token_file(path: str, dtype: str, vocab_size: int) -> TokenFile:
     return file
 
 
+def open_global_indices(path: str) -> TokenFile:
+    """A file that holds an order: instance numbers as raw uint32. Raises UserError."""
+    try:
+        n_bytes = storage.size(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    if n_bytes == 0 or n_bytes % 4 or storage.read(path, 0, 6) == b"\x93NUMPY":
+        raise UserError(f"{path}: is not a raw array of uint32, as the original's order is")
+    return TokenFile(path, "uint32", n_bytes // 4)
+
+
 def check_ids(tokens: np.ndarray, vocab_size: int, file: TokenFile, offset: int) -> None:
     """Raise UserError with file and offset if one of `tokens`, read at `offset`, is too large."""
     if int(tokens.max(initial=0)) >= vocab_size:
@@ -179,7 +190,8 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
         if not storage.exists(path):
             return None
         if path.endswith(".idx"):
-            return _read_megatron(path, n_tokens)
+            ends = megatron_ends(path, n_tokens)
+            return megatron_documents(path, ends, 0, len(ends))
         with gzip.open(open_binary(path), "rt", encoding="utf-8", newline="") as f:
             documents = [_parse_row(row, path, i) for i, row in enumerate(csv.reader(f), 1)]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as e:
@@ -195,21 +207,29 @@ def read_documents(path: str, n_tokens: int | None = None) -> list[Document] | N
     return documents
 
 
-def _read_megatron(path: str, n_tokens: int | None) -> list[Document]:
+@lru_cache(maxsize=8)
+def megatron_ends(path: str, n_tokens: int | None) -> np.ndarray:
+    """Where the documents of a `.idx` end, (documents,) int64."""
     _, ends = read_index(path)
     if n_tokens is not None and len(ends):
         _check_end(path, int(ends[-1]), n_tokens)
-    starts = [0, *ends[:-1].tolist()]
+    return ends
+
+
+def megatron_documents(path: str, ends: np.ndarray, first: int, last: int) -> list[Document]:
+    """Documents [first, last) of a `.idx`, which are named by their number."""
+    starts = [int(ends[first - 1]) if first else 0, *ends[first : last - 1].tolist()]
+    spans = zip(starts, ends[first:last].tolist(), strict=False)
     return [
-        Document(start, end, str(i), path, i + 1)
-        for i, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True))
+        Document(start, end, str(i), path, i + 1) for i, (start, end) in enumerate(spans, first)
     ]
 
 
 def check_complete(file: TokenFile) -> None:
     """Raise UserError when the file ends before its last document does."""
     if file.documents_path.endswith(".idx"):
-        read_documents(file.documents_path, file.size)
+        if storage.exists(file.documents_path):
+            megatron_ends(file.documents_path, file.size)
     elif storage.exists(file.documents_path):
         try:
             with gzip.open(open_binary(file.documents_path), "rb") as f:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from olmo_jax import pages
+from olmo_jax import pages, storage
 from olmo_jax.errors import UserError
 from olmo_jax.files import write_bytes
 from olmo_jax.numerals import count_text, size_text
+from olmo_jax.report.batches import NAME as BATCHES
 from olmo_jax.report.plots import BOX, Curve, Plot, make_plot
 from olmo_jax.report.run_files import Run, number, read_run
 from olmo_jax.storage import location
@@ -54,7 +55,8 @@ def write_report(run_dir: Path | str) -> Path:
     when `run_dir` is no run folder or cannot be written to.
     """
     run_dir = location(run_dir)
-    page = render(read_run(run_dir))
+    batches = BATCHES if storage.exists(run_dir / BATCHES) else ""
+    page = render(read_run(run_dir), batches)
     path = run_dir / "report.html"
     try:
         write_bytes(path, page.encode())
@@ -66,8 +68,8 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
-def render(run: Run) -> str:
-    """The page as HTML."""
+def render(run: Run, batches: str = "") -> str:
+    """The page as HTML; `batches` is the name of the page of batches beside it, if there is one."""
     return pages.render(
         Path(__file__).with_name("template.html.j2"),
         run=run,
@@ -93,6 +95,7 @@ def render(run: Run) -> str:
             for name, fact in run.environment.items()
         ],
         size_text=size_text,
+        batches=batches,
     )
 
 

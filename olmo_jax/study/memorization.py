@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from olmo_jax.data import DataSet
-from olmo_jax.data.dataset import documents_are_few
+from olmo_jax.data.document_index import documents_are_few
 from olmo_jax.errors import UserError
 from olmo_jax.eval.part import Part
 from olmo_jax.eval.run import fingerprint

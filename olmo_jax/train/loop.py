@@ -229,11 +229,10 @@ class _Loop:
             waited = time.perf_counter() - waiting
             rate, clip = self.plan.learning_rate(step), self.plan.clip_norm(step)
             self.profile.before(step + 1)
-            ids_B, size = batch.instance_ids_B, self.dataset.batch_size(at)
-            assert ids_B is not None
+            size = self.dataset.batch_size(at)
             inputs = self._on_devices(batch, size)
             state, metrics = self.trainer.step(state, inputs, rate, clip)
-            log.dispatched(step, metrics, ids_B, rate, waited)
+            log.dispatched(step, metrics, batch, rows[size], rate, waited)
             self.profile.after(step + 1, log.fetch, self.progress.message)
             self.checkpointer.check()
             if self._leave_after(step + 1, end, state, log):

@@ -131,9 +131,15 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
-    def write_instances(self, step: int, instance_ids: Iterable[int]) -> None:
-        """Which instances the batch of `step` (1-based, as in metrics.jsonl) was made of."""
-        self._instances.write({"step": step, "instance_ids": [int(n) for n in instance_ids]})
+    def write_instances(
+        self, step: int, instance_ids: Iterable[int], tokens: str = "", rows: Iterable[int] = ()
+    ) -> None:
+        """Which instances the batch of `step` (1-based, as in metrics.jsonl) was made of, and the
+        digest of its tokens (`data.trace.digest`); of these rows where they are not all."""
+        row: dict[str, Any] = {"step": step, "instance_ids": [int(n) for n in instance_ids]}
+        row |= {"tokens_xxh3": tokens} if tokens else {}
+        row |= {"rows": some} if (some := [int(r) for r in rows]) else {}
+        self._instances.write(row)
 
     def write_sample(self, step: int, prompt: str, text: str) -> None:
         """A text that the model of `step` wrote after `prompt`."""
@@ -170,7 +176,7 @@ class NoMetrics(MetricsWriter):
     def write(self, row: Mapping[str, Any]) -> None:
         pass
 
-    def write_instances(self, step: int, instance_ids: Iterable[int]) -> None:
+    def write_instances(self, *_: Any) -> None:
         pass
 
     def write_sample(self, step: int, prompt: str, text: str) -> None:

@@ -15,7 +15,7 @@ _MAY_CHANGE = {
     "Mesh": "all",
     "Checkpoint": "all",
     "Model": ("remat",),
-    "Data": ("workers", "prefetch", "index_dir", "paths", "sources"),
+    "Data": ("workers", "prefetch", "index_dir", "paths", "sources", "global_indices"),
     "Train": (
         "run_dir",
         "stop_at",

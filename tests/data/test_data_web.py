@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from olmo_jax.data import DataConfig, open_dataset, remote_tokens
+from olmo_jax.data.text_index import TextIndex, TokenText
 from olmo_jax.data.token_files import Document, write_token_file
 from olmo_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from olmo_jax.data.trace import Trace
 from olmo_jax.errors import UserError
 from olmo_jax.storage import location
 
@@ -100,3 +102,22 @@ def test_a_tokenizer_is_read_there_and_nothing_is_written(web):
         load_tokenizer(f"{url}/none.json")
     with pytest.raises(UserError, match="nothing can be written there"):
         location(f"{url}/runs/a")
+
+
+def test_the_way_back_is_that_of_local_files(web, tmp_path):
+    place, address = web
+    rng = np.random.default_rng(0)
+    rng.permutation(2_382).astype(np.uint32).tofile(place / "global_indices.npy")
+    found = []
+    for where in (place, address):
+        order = {"order": "olmo", "global_indices": (f"{where}/global_indices.npy",)}
+        dataset = open_dataset(config(where, batch_size=16, **order), VOCAB)
+        trace = Trace(dataset, last=50)
+        text = TokenText(load_tokenizer(f"{where}/tokenizer.json"), VOCAB)
+        index = TextIndex(list(dataset.sources[0].files), text, tmp_path)
+        index.build()
+        spans = [(0, hit.file, hit.start, hit.end) for hit in index.find("be", most=50)]
+        read = [one.sightings for one in [*trace.document("b"), *trace.stretches(spans)]]
+        assert any(read) and spans
+        found.append((read, trace.rows(7)[3].instance_id, trace.seen()))
+    assert found[0] == found[1]

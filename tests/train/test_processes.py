@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from olmo_jax.checkpoint import CheckpointReader
+from olmo_jax.data.traced_run import TracedRun
 
 ROOT = Path(__file__).parents[2]
 GIN = """
@@ -132,13 +133,20 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run)]
 
 
+def instances(run: Path) -> list[tuple[int, list[int]]]:
+    return [(row["step"], row["instance_ids"]) for row in rows(run, "instances")]
+
+
 def assert_as_one_process(place: Path, run: str, *bindings: str) -> None:
     """The same instances and losses, step by step, as one process without a stop."""
     steps = len(rows(place / run))
     alone = start(place, command(place, f"{run}-alone", f"Train.stop_at={steps}", *bindings))
     _, errors = alone.communicate(timeout=600)
     assert alone.returncode == 0, errors
-    assert rows(place / run, "instances") == rows(place / f"{run}-alone", "instances")
+    assert instances(place / run) == instances(place / f"{run}-alone")
+    # The first process's rows are what the whole batch has there.
+    traced = TracedRun(place / run)
+    assert all(traced.agrees(step) for step in range(1, steps + 1))
     np.testing.assert_allclose(losses(place / run), losses(place / f"{run}-alone"), rtol=1e-5)
 
 
