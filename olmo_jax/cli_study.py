@@ -52,7 +52,7 @@ def memorization(
         str | None,
         Option(
             "--steps",
-            help="Only what these steps read, counted from 0: 5, or 100:199, or several with "
+            help="Only what these steps read: 5, or 100:199, or several with "
             "commas. All that the model has read, if none.",
         ),
     ] = None,
@@ -95,7 +95,7 @@ def memorization(
 
     ```
     olmo-jax study memorization runs/demo --out=runs/demo/memorization.json
-    olmo-jax study memorization runs/demo/hf --run=runs/demo --steps=0:99 --documents
+    olmo-jax study memorization runs/demo/hf --run=runs/demo --steps=1:100 --documents
     olmo-jax study memorization models/olmo2 --gin_file=configs/olmo2/1b.gin --trained_steps=10000
     ```
     """
@@ -270,9 +270,9 @@ def _steps(text: str, planned: int) -> list[int]:
         last = last or first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--steps={text}: give steps as 5, or 100:199, or several with commas")
-        if int(last) >= planned:
+        if not 1 <= int(first) <= int(last) <= planned:
             raise UserError(
-                f"--steps={text}: the run has {planned:,} steps, counted from 0 to {planned - 1:,}"
+                f"--steps={text}: the run has steps 1 to {planned:,}"
             )
         steps |= set(range(int(first), int(last) + 1))
     return sorted(steps)

@@ -43,7 +43,6 @@ def train(place: Path, *bindings: str, run: str = "run") -> subprocess.Completed
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "olmo_jax.cli", "train", f"--gin_file={place}/test.gin"]

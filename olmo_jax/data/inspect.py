@@ -24,7 +24,8 @@ def describe_instance(dataset: DataSet, n: int, tokenizer: Tokenizer | str | Pat
     n_tokens = int(np.count_nonzero(row.segment_ids_T))
     lines = [
         f"instance {row.instance_id}, the {n:,}-th of the order (from 0), step "
-        f"{dataset.step_of(n):,} (from 0): {n_tokens} tokens, {int(row.loss_mask_T.sum())} targets"
+        f"{dataset.step_of(n) + 1:,} (from 1): {n_tokens} tokens, "
+        f"{int(row.loss_mask_T.sum())} targets"
     ]
     done = 0
     for place in dataset.where(row.instance_id):

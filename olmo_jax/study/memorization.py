@@ -50,7 +50,7 @@ class Item:
     n: int
     """Position of the instance in the order (of held-out text: in its files)."""
     step: int | None
-    """The step of the run that reads it, from 0; None for held-out text."""
+    """The step of the run that reads it, from 1; None for held-out text."""
     row: int | None
     """Of that step's batch."""
     instance: int

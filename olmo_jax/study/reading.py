@@ -1,6 +1,6 @@
 """What a model has read, by steps of its run, and places in it to ask the model about.
 
-Steps are counted from 0, as `data inspect` does: a checkpoint of step S has read steps 0 to S - 1.
+Steps are counted as in metrics.jsonl: the first is 1, and a checkpoint of step S has read 1 to S.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,12 +38,12 @@ class Reading:
 
     def first_n(self, step: int) -> int:
         """The position in the order at which a step of the run begins to read."""
-        return self.dataset.first_n(step + self.ahead)
+        return self.dataset.first_n(step - 1 + self.ahead)
 
     @property
     def read(self) -> range:
         """The positions in the order that the model has read."""
-        return range(self.first_n(0), self.first_n(self.steps))
+        return range(self.first_n(1), self.first_n(self.steps + 1))
 
     @property
     def next(self) -> range:
@@ -67,7 +67,7 @@ class Reading:
     def step_and_row(self, n: int) -> tuple[int, int]:
         """The step of the run that reads position n, and the row of its batch."""
         step = self.dataset.step_of(n)
-        return step - self.ahead, n - self.dataset.first_n(step)
+        return step + 1 - self.ahead, n - self.dataset.first_n(step)
 
     def is_new(self, n: int) -> bool:
         """Whether no earlier position has the same instance."""

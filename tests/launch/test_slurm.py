@@ -76,7 +76,6 @@ class Job:
             "PATH": path,
             "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         }
 
     def submit(self, name: str, *arguments: str) -> None:

@@ -137,10 +137,10 @@ def test_what_was_read_is_told_from_what_comes_next_by_the_batches_of_training(r
     for item in items:
         tokens = item["prompt"] + item["continuation"]
         if item["group"] == "read":
-            row = batches[item["step"]].tokens_BT[item["row"]]
+            row = batches[item["step"] - 1].tokens_BT[item["row"]]
             assert row[:LENGTH].tolist() == tokens
         else:
-            assert item["step"] >= STEPS
+            assert item["step"] > STEPS
             assert all(item["instance"] not in batch.instance_ids_B for batch in batches)
         # Greedy, and on the model's own tokens.
         hits = np.equal(item["generated"], item["continuation"])
@@ -185,7 +185,8 @@ def test_beyond_what_can_be_counted_the_order_tells_repeats(runs, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--steps=80", "the run has 80 steps, counted from 0 to 79"),
+        ("--steps=81", "the run has steps 1 to 80"),
+        ("--steps=0", "the run has steps 1 to 80"),
         ("--steps=5:2", "--steps=5:2"),
         ("--offset=65", "Data.sequence_length is 128"),
         ("--offset=3 --documents", "give one of them"),

@@ -54,7 +54,6 @@ def place(request, tmp_path_factory):
 def start(place, run: str, processes: int, *bindings: str) -> subprocess.Popen:
     folder, url, _ = place
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
     several = ["launch", "local", f"--processes={processes}", "--"] if processes > 1 else []
     command = [sys.executable, "-m", "olmo_jax.cli", *several]
     command += ["train", f"--gin_file={folder}/test.gin"]

@@ -54,7 +54,6 @@ def place(tmp_path_factory):
 
 def train(place: Path, run: str, *bindings: str, status: int = 0) -> str:
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    variables["JAX_COMPILATION_CACHE_DIR"] = str(place / "cache")
     command = [sys.executable, "-m", "olmo_jax.cli", "train", f"--gin_file={place}/test.gin"]
     command += [f"--gin.Train.run_dir={place / run}", *(f"--gin.{b}" for b in bindings)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)

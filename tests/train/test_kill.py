@@ -70,7 +70,6 @@ def start(place: Path, run: str, *bindings: str, code: str = "", devices: int = 
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "PYTHONPATH": str(ROOT),
     }
     program = ["-c", code] if code else ["-m", "olmo_jax.cli"]

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -26,20 +25,6 @@ from olmo_jax.train.evaluate import Evaluation
 from olmo_jax.train.loop import STATUS_DONE, STATUS_PREEMPTED, train
 
 MODEL = {"vocab_size": 64, "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_width": 32}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture

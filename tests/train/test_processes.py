@@ -51,7 +51,6 @@ def environment(place: Path) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "PYTHONPATH": str(ROOT),
     }
 
