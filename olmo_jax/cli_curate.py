@@ -1,10 +1,13 @@
 """`olmo-jax data tag`, `dedupe`, `mix`, `decontaminate`, `build`: from documents to token files."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
+
+from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from olmo_jax.curate.executor import Executor
@@ -148,6 +151,54 @@ def data_decontaminate(
     print(f"{done:,} documents looked through for {ngrams:,} n-grams: attributes/{experiment}/")
 
 
+def data_stat(
+    documents: Annotated[list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet).")],
+    out: Annotated[
+        Path | None,
+        Option("--out", help="A page, .html; everything as JSON comes beside it."),
+    ] = None,
+    attributes: Annotated[
+        list[str] | None,
+        Option("--attributes", help="Also of attributes/EXPERIMENT/; repeatable."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, Option("--tokenizer", help="A tokenizer.json, to count tokens, too.")
+    ] = None,
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Show what is in documents: counts by source, lengths, domains, n-grams, duplicates.
+
+    Memory does not grow with the documents; where a count is not exact, its error is told. The same
+    command again goes on where it stopped, when --out is given.
+
+    ```
+    olmo-jax data stat 'a/documents/*.gz' --attributes=rules --out=a/stat.html
+    ```
+    """
+    from rich.console import Console
+
+    from olmo_jax.curate.stat import Settings, stat
+    from olmo_jax.curate.stat_page import page, terminal_tables
+    from olmo_jax.files import write_file
+
+    if out and out.suffix != ".html":
+        raise UserError(f"--out={out}: must be a page, .html; JSON comes beside it")
+    found = stat(
+        documents,
+        out and out.with_suffix(".json"),
+        Settings(tuple(attributes or ()), tokenizer),
+        make_executor(executor, workers, retries),
+    )
+    if out:
+        write_file(out, page(found, out.stem))
+    for table in terminal_tables(found):
+        Console().print(table)
+    if out:
+        print(f"{out}; as JSON {out.with_suffix('.json')}")
+
+
 def data_build(
     recipe: Annotated[str, Argument(help="A recipe, YAML.")],
     workers: Workers = None,
@@ -184,6 +235,7 @@ def add_commands(app: typer.Typer) -> None:
         ("dedupe", data_dedupe),
         ("decontaminate", data_decontaminate),
         ("mix", data_mix),
+        ("stat", data_stat),
         ("build", data_build),
     ):
         app.command(name)(command)
