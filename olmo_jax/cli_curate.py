@@ -1,6 +1,7 @@
 """`olmo-jax data tag`, `dedupe`, `mix`, `decontaminate`, `build`: from documents to token files."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,10 +120,15 @@ def data_decontaminate(
     documents: Annotated[
         list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet) in a folder documents/.")
     ],
-    against: Annotated[
-        list[str], Option("--against", help="Evaluation sets, JSON lines or Parquet; repeatable.")
-    ],
     index: Annotated[str, Option("--index", help="The index of n-grams to write, .npz.")],
+    against: Annotated[
+        list[str] | None,
+        Option("--against", help="Evaluation sets, JSON lines or Parquet; repeatable."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        Option("--tasks", help="Tasks and suites of `olmo-jax eval --list`, with commas."),
+    ] = None,
     experiment: Annotated[
         str, Option("--experiment", help="Attributes go to attributes/EXPERIMENT/.")
     ] = "contamination",
@@ -134,21 +140,38 @@ def data_decontaminate(
     executor: Kind = "local",
     retries: Retries = 1,
 ) -> None:
-    """Mark where documents hold n-grams of evaluation sets.
+    """Mark where documents hold n-grams of evaluation sets: files, or the tasks that eval knows.
 
     ```
     olmo-jax data decontaminate 'a/documents/*.gz' --against='sets/*.jsonl' --index=sets.npz
+    olmo-jax data decontaminate 'a/documents/*.gz' --tasks=olmes_core9_rc --index=core9.npz
     ```
     """
     from olmo_jax.curate.config import parse_config
     from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
     from olmo_jax.curate.tag import tag
 
-    content = {"against": against, "fields": field or [], "ngram_length": ngram_length}
-    ngrams = write_index(parse_config(content, DecontaminateConfig, "decontaminate"), index)
+    content = {
+        "against": against or [],
+        "tasks": [name for name in (tasks or "").split(",") if name],
+        "fields": field or [],
+        "ngram_length": ngram_length,
+    }
+    config = parse_config(content, DecontaminateConfig, "decontaminate")
+    made = write_index(config, index, _questions)
     spec = f"ngram_overlap:{os.path.abspath(index)}"
     done = tag(documents, [spec], experiment, make_executor(executor, workers, retries))
-    print(f"{done:,} documents looked through for {ngrams:,} n-grams: attributes/{experiment}/")
+    print(
+        f"{done:,} documents looked through for {made.ngrams:,} n-grams of {made.questions:,} "
+        f"questions ({made.too_short:,} of them too short to be looked for): "
+        f"attributes/{experiment}/"
+    )
+
+
+def _questions(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    from olmo_jax.eval.tasks import question_texts
+
+    return question_texts(names)
 
 
 def data_stat(
@@ -216,7 +239,8 @@ def data_build(
     from olmo_jax.curate.build import build
     from olmo_jax.curate.config import read_yaml
 
-    facts = build(read_yaml(recipe), recipe, make_executor(executor, workers, retries))
+    run = make_executor(executor, workers, retries)
+    facts = build(read_yaml(recipe), recipe, run, questions=_questions)
     tokens = facts["tokens"]
     for name, counts in facts["mix"].items():
         print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from olmo_jax import storage
 from olmo_jax.curate.card import write_card
 from olmo_jax.curate.config import Config, parse_config
-from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
+from olmo_jax.curate.decontaminate import DecontaminateConfig, Questions, write_index
 from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import BloomConfig, DedupeConfig, DeduperConfig
 from olmo_jax.curate.documents import find_documents
@@ -90,9 +90,15 @@ class Recipe(Config):
         return self
 
 
-def build(content: Any, path: str, executor: Executor, quiet: bool = False) -> dict[str, Any]:
+def build(
+    content: Any,
+    path: str,
+    executor: Executor,
+    quiet: bool = False,
+    questions: Questions | None = None,
+) -> dict[str, Any]:
     """Carries out a recipe (parsed YAML; `path` is for messages) and writes the data card; its
-    facts. Raises UserError."""
+    facts. `questions` is asked for those of decontaminate.tasks. Raises UserError."""
     recipe = parse_config(content, Recipe, path)
     if storage.has_protocol(recipe.out):
         raise UserError(f"out = {recipe.out}: must be a folder of this machine")
@@ -117,9 +123,11 @@ def build(content: Any, path: str, executor: Executor, quiet: bool = False) -> d
         steps.append({"step": "dedupe", "name": step.name, **dedupe(config, executor, quiet)})
     if recipe.decontaminate:
         index = out / "evaluation_ngrams.npz"
-        ngrams = write_index(recipe.decontaminate, str(index)) if not index.exists() else None
+        if not index.exists():
+            write_index(recipe.decontaminate, str(index), questions)
         tag(everything, [f"ngram_overlap:{index}"], CONTAMINATION, executor, quiet)
-        steps.append({"step": "decontaminate", "ngrams": ngrams})
+        sets = [*recipe.decontaminate.against, *recipe.decontaminate.tasks]
+        steps.append({"step": "decontaminate", "sets": sets})
     facts["mix"] = mix(streams, executor, quiet)
     facts["tokens"] = _tokenize(recipe, out, executor, quiet)
     packages = ("olmo-jax", "numpy", "tokenizers", "msgspec", "rbloom", "rensa", "pycld2", "regex")
