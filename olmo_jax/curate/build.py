@@ -29,8 +29,10 @@ from olmo_jax.curate.mix import (
     OutputConfig,
     SpanReplacement,
     StreamConfig,
+    have_attributes,
     mix,
 )
+from olmo_jax.curate.names import Known, of_taggers
 from olmo_jax.curate.tag import tag
 from olmo_jax.data.fingerprint import contents, fingerprint_files
 from olmo_jax.data.tokenize import tokenize_documents
@@ -103,11 +105,15 @@ def build(
     if storage.has_protocol(recipe.out):
         raise UserError(f"out = {recipe.out}: must be a folder of this machine")
     out = Path(recipe.out).absolute()
-    claim(str(out), "recipe", {"recipe": recipe.model_dump(mode="json")})
-    # Mistakes in a filter come out before the work.
+    # Mistakes in a filter come out before the work, and leave no mark of a recipe that is mended.
     streams = _streams(recipe, out)
+    known = of_taggers(TAGS, recipe.tag) + Known(frozenset(map(_attribute, recipe.dedupe)))
+    if recipe.decontaminate:
+        known += of_taggers(CONTAMINATION, ["ngram_overlap"])
+    first = [find_documents(source.documents)[0] for source in recipe.sources.values()]
     for stream in streams.streams:
-        stream.check()
+        stream.check(None if any(map(have_attributes, first)) else known)
+    claim(str(out), "recipe", {"recipe": recipe.model_dump(mode="json")})
     facts: dict[str, Any] = {"sources": _gather(recipe, out), "steps": []}
     steps = facts["steps"]
     # In the recipe's order, which says which of two duplicates stays.
@@ -136,6 +142,12 @@ def build(
     write_bytes(out / "card.json", json.dumps(facts, indent=1).encode())
     write_card(facts, out / "README.md")
     return facts
+
+
+def _attribute(step: DedupeConfig) -> str:
+    part = step.documents or step.paragraphs
+    assert part
+    return part.attribute_name
 
 
 def _gather(recipe: Recipe, out: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import DeduperConfig
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.mix import MixConfig, mix
+from olmo_jax.curate.names import of_taggers
 from olmo_jax.curate.tag import tag
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dolma.json.xz"
@@ -50,6 +51,8 @@ def test_attributes_are_equal(dolma, corpus):
         if found["attributes"].get(name) != expected.get(name)
     }
     assert not differing
+    names = {name for row in ours for name in row["attributes"]}
+    of_taggers("dolma", dolma["taggers"]).check(names, "the fixture")
     assert sum(map(len, dolma["attributes"])) > 2000
 
 

