@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from olmo_jax.data.tokenizer import EOS
 from olmo_jax.errors import UserError
 from olmo_jax.files import replacing, write_bytes
 
+_MODULES = {"olmo-jax": "olmo_jax"}
 TAGS, CONTAMINATION = "tags", "contamination"
 
 
@@ -61,7 +63,10 @@ class TokenizeStep(Config):
 
     tokenizer: str
     eos_token: str = EOS
+    keep_whitespace: bool = False
+    """Do not strip the documents."""
     seed: int | None = 0
+    """Shuffles the documents; null leaves them in the sources' order."""
     max_tokens_per_file: int = Field(default=1 << 26, gt=0)
 
 
@@ -137,7 +142,8 @@ def build(
     facts["mix"] = mix(streams, executor, quiet)
     facts["tokens"] = _tokenize(recipe, out, executor, quiet)
     packages = ("olmo-jax", "numpy", "tokenizers", "msgspec", "rbloom", "rensa", "pycld2", "regex")
-    facts["versions"] = {"python": platform.python_version()} | {p: version(p) for p in packages}
+    facts["versions"] = {"python": platform.python_version()}
+    facts["versions"] |= {p: version(p) for p in packages if find_spec(_MODULES.get(p, p))}
     facts["recipe"] = recipe.model_dump(mode="json")
     write_bytes(out / "card.json", json.dumps(facts, indent=1).encode())
     write_card(facts, out / "README.md")
@@ -211,6 +217,7 @@ def _tokenize(recipe: Recipe, out: Path, executor: Executor, quiet: bool) -> dic
             folder,
             step.tokenizer,
             eos_token=step.eos_token,
+            strip=not step.keep_whitespace,
             max_tokens_per_file=step.max_tokens_per_file,
             seed=step.seed,
             run=job_runner(executor, "tokenizing", quiet),
