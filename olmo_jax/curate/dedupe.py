@@ -75,17 +75,35 @@ def dedupe_files(
         Shard(path, key, hash_file, (path, key, settings), size, (path,))
         for path, key, size in zip(paths, keys, sizes, strict=True)
     ]
-    hashed = run_shards(hashing, executor, "hashing", quiet)
+    run_shards(hashing, executor, "hashing", quiet)
     marks = [key.replace(".npz", ".marks.npy") for key in keys]
-    if hashed or not all(map(os.path.exists, marks)):
+    if not _is_decided(keys, marks, config):
         decide(paths, keys, marks, clusters_path(outs, settings), settings, config.bloom_filter)
     marking = [
         Shard(path, out, write_marks, (path, key, mark, out, settings), size, (path, mark))
         for path, key, mark, out, size in zip(paths, keys, marks, outs, sizes, strict=True)
     ]
     run_shards(marking, executor, "marking", quiet)
-    seen = [np.load(mark) for mark in marks]
-    return {"units": sum(map(len, seen)), "duplicates": int(sum((s >= 0).sum() for s in seen))}
+    counts = {"units": 0, "duplicates": 0}
+    for mark in marks:
+        score_U = np.load(mark)
+        counts["units"] += len(score_U)
+        counts["duplicates"] += int((score_U >= 0).sum())
+    return counts
+
+
+def _is_decided(keys: Sequence[str], marks: Sequence[str], config: DeduperConfig) -> bool:
+    """Whether all marks are there, none is older than what was compared, and the filter is
+    written."""
+    if not all(map(os.path.exists, marks)):
+        return False
+    written = [os.path.getmtime(mark) for mark in marks]
+    if max(map(os.path.getmtime, keys)) > min(written):
+        return False
+    bloom = config.bloom_filter
+    if config.dedupe.method != "bloom" or bloom.file is None or bloom.read_only:
+        return True
+    return os.path.exists(bloom.file) and os.path.getmtime(bloom.file) >= max(written)
 
 
 def clusters_path(outs: Sequence[str], settings: DedupeConfig) -> str:

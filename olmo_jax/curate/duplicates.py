@@ -54,7 +54,6 @@ def decide(
 ) -> None:
     """Writes a score for each unit of each file: -1 for what is not marked; for MinHash also the
     file `clusters`. Raises UserError."""
-    filter_: Bloom | None = None
     if settings.method == "minhash":
         files = [load_keys(key) for key in keys]
         signature_UP = np.concatenate([f.hashes_I2 for f in files])
@@ -62,18 +61,22 @@ def decide(
         _write_clusters(paths, files, signature_UP, first_U, clusters)
         score_U = np.where(first_U == np.arange(len(first_U)), -1.0, 1.0)
         ends = np.cumsum([len(f.units_U4) for f in files])
-        scores = np.split(score_U, ends[:-1])
-    else:
-        filter_ = _open_bloom(bloom) if settings.method == "bloom" else None
-        is_known = _exact() if filter_ is None else _in_bloom(filter_, bloom.read_only)
-        scores = [_scores(load_keys(key), is_known, settings) for key in keys]
-    # The filter is written before the marks: when they are there, it is.
+        for mark, part_U in zip(marks, np.split(score_U, ends[:-1]), strict=True):
+            _write_mark(mark, part_U)
+        return
+    filter_ = _open_bloom(bloom) if settings.method == "bloom" else None
+    is_known = _exact() if filter_ is None else _in_bloom(filter_, bloom.read_only)
+    for key, mark in zip(keys, marks, strict=True):
+        _write_mark(mark, _scores(load_keys(key), is_known, settings))
+    # After the marks: with it everything here would have been seen before.
     if filter_ is not None and bloom.file and not bloom.read_only:
         with writing(bloom.file) as file:
             file.write(filter_.save_bytes())
-    for mark, score_U in zip(marks, scores, strict=True):
-        with writing(mark) as file:
-            np.save(file, score_U)
+
+
+def _write_mark(path: str, score_U: np.ndarray) -> None:
+    with writing(path) as file:
+        np.save(file, score_U)
 
 
 def _write_clusters(
