@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmo_jax.curate import frequent, histogram, repeats
-from olmo_jax.curate import stat as stat_module
+from olmo_jax.curate import findings, frequent, histogram, repeats
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.frequent import Frequent, ngram_counts
 from olmo_jax.curate.histogram import Histogram
@@ -31,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(histogram, "EXACT", 10)
     monkeypatch.setattr(repeats, "RUN", 50)
     monkeypatch.setattr(repeats, "PART", 64)
-    monkeypatch.setattr(stat_module, "_CHUNK_WORDS", 300)
+    monkeypatch.setattr(findings, "_CHUNK_WORDS", 300)
 
 
 @given(TEXTS, TEXTS, st.integers(1, 3))
