@@ -52,10 +52,10 @@ def compare_part(
     """Writes how many items of a part of the range are there how often, as a Histogram's content.
     `files` are those of Runs with their lengths."""
     low, high = part << (64 - bits), (part + 1) << (64 - bits)
-    found = []
+    found = [np.zeros(0, np.uint64)]
     for path, lengths in files:
         start = 0
-        hashes = np.memmap(path, np.uint64, "r") if lengths else np.zeros(0, np.uint64)
+        hashes = np.memmap(path, np.uint64, "r") if lengths else found[0]
         for length in lengths:
             run = hashes[start : start + length]
             first = int(np.searchsorted(run, np.uint64(low)))

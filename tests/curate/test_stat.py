@@ -150,6 +150,9 @@ def test_the_page_escapes_and_shows_everything(write_documents):
     path = write_documents("a.jsonl", ["<script>alert(1)</script> word"] * 2 + ["other " * 300])
     found = stat([str(path)], None, Settings(), Executor(), quiet=True)
     html = page(found, "a & b")
+    empty = write_documents("empty.jsonl", [])
+    found = stat([str(empty)], None, Settings(), Executor(), quiet=True)
+    assert found["total"]["documents"] == 0 and "Sources" in page(found, "nothing")
     assert "<script>" not in html and "&lt;script&gt;" in html and "a &amp; b" in html
     assert html.count("<rect") >= 2 and "Repeated documents" in html
 
