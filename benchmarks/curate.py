@@ -105,12 +105,16 @@ def grow(folder: Path, new: Path, to: int = 100) -> None:
         shutil.rmtree(place, ignore_errors=True)
         texts.grow(place, folder, size)
         measured = {step: _run(command) for step, command in _steps(folder.absolute(), place)}
-        rows.append({"megabytes": size, "steps": {s: m[::2] for s, m in measured.items()}})
-        for step, (seconds, _, peak) in measured.items():
-            print(f"{size:5} MB {step:9} {seconds:8.1f} s {peak / 1e6:7.0f} MB", flush=True)
+        steps = {
+            step: {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak}
+            for step, (seconds, cpu, peak) in measured.items()
+        }
+        rows.append({"megabytes": size, "steps": steps})
+        for step, (seconds, cpu, peak) in measured.items():
+            rest = f"{cpu:8.1f} s of CPU {peak / 1e6:7.0f} MB"
+            print(f"{size:5} MB {step:9} {seconds:8.1f} s {rest}", flush=True)
         shutil.rmtree(place)
-    shown = {"rows": rows, "steps": "[seconds, peak bytes of memory] in one process"}
-    results.write_text(json.dumps(shown, indent=1) + "\n")
+    results.write_text(json.dumps({"workers": 1, "rows": rows}, indent=1) + "\n")
     (ROOT / "docs" / "curate_growth.svg").write_text(_plot(rows))
 
 
@@ -151,7 +155,7 @@ def _run(command: list[str]) -> tuple[float, float, int]:
 
 
 def _plot(rows: list[dict]) -> str:
-    """Two plots over the size, logarithmic: seconds a MB of each step, and its memory."""
+    """Two plots over the size, logarithmic: each step's seconds of CPU, and its memory."""
     colours = ("#1f6f8b", "#c8551b", "#5b6f2f", "#8a5a9e", "#8d6e1f")
     sizes = [row["megabytes"] for row in rows]
     names = list(rows[0]["steps"])
@@ -159,10 +163,10 @@ def _plot(rows: list[dict]) -> str:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 320" '
         'font-family="sans-serif" font-size="13" fill="#777">'
     ]
-    memory = [[r["steps"][s][1] / 1e6 for r in rows] for s in names]
-    seconds = [[r["steps"][s][0] for r in rows] for s in names]
+    memory = [[r["steps"][s]["peak_bytes"] / 1e6 for r in rows] for s in names]
+    seconds = [[r["steps"][s]["cpu_seconds"] for r in rows] for s in names]
     panels = (
-        (60, "seconds", seconds, 1.0, 10 ** math.ceil(math.log10(max(map(max, seconds))))),
+        (60, "seconds of CPU", seconds, 1.0, 10 ** math.ceil(math.log10(max(map(max, seconds))))),
         (490, "peak memory, MB", memory, 10.0, 10 ** math.ceil(math.log10(max(map(max, memory))))),
     )
     for left, title, lines, low, high in panels:
