@@ -39,7 +39,7 @@ $(VENV)/bin/python:
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing olmo_jax and what it runs on (about a minute, 0.8 GB, no torch) …"
-	@# The second line is what the demo's recipe needs of the extra `curate`, a tenth of its 340 MB.
+	@# The second line is what the demo's recipe needs of the extra `curate`: 10 MB of its 200.
 	@$(PIP) --editable . \
 	  msgspec rbloom regex rensa
 	@touch $@
