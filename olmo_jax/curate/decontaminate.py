@@ -4,6 +4,7 @@ An index of the sets' n-grams is a file; looking documents up in it is a tagger,
 Words are runs of letters and digits in small letters, so that punctuation and spacing do not count.
 """
 
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -78,8 +79,11 @@ def write_index(config: DecontaminateConfig, out: str, questions: Questions | No
             "or more" + (f" in the fields {', '.join(config.fields)}" if config.fields else "")
         )
     index = {str(n): np.unique(np.concatenate(found)) for n, found in sorted(hashes.items())}
-    with writing(out) as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
+    np.savez(content := io.BytesIO(), **index)  # type: ignore[arg-type]
+    # One that is the same stays, with its date: what was made with it need not be made again.
+    if not storage.exists(out) or storage.read(out) != content.getvalue():
+        with writing(out) as file:
+            file.write(content.getvalue())
     return Index(sum(map(len, index.values())), total, too_short)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from olmo_jax.curate import duplicates
 from olmo_jax.curate.config import parse_config
+from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
 from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import DeduperConfig
 from olmo_jax.curate.documents import writing
@@ -177,3 +178,17 @@ def test_a_bloom_filter_survives_a_kill_while_it_is_written(corpus, monkeypatch)
     assert dedupe(config, Executor()) == counts
     alone = {**content, "dedupe": fields | {"name": "alone"}, "bloom_filter": {}}
     assert dedupe(parse_config(alone, DeduperConfig, ""), Executor()) == counts
+
+
+def test_another_index_of_the_same_name_is_looked_up_again(corpus):
+    documents = [f"{corpus}/documents/*.jsonl"]
+    index, counts = f"{corpus}/index.npz", []
+    with (corpus / "documents/part-0.jsonl").open() as lines:
+        text = json.loads(next(lines))["text"]
+    none = "nothing that is there at all or was there"
+    for questions in ([[none]], [[none]], [[text]]):
+        config = parse_config({"tasks": ["made up"]}, DecontaminateConfig, "")
+        write_index(config, index, lambda names, questions=questions: questions)
+        counts.append(tag(documents, [f"ngram_overlap:{index}"], "c", Executor()))
+    assert counts == [120, 0, 120]
+    assert "contaminated" in (corpus / "attributes/c/part-0.jsonl").read_text()
