@@ -127,7 +127,7 @@ def _steps(folder: Path, place: Path) -> Iterator[tuple[str, list[str]]]:
     stream["span_replacement"] = [{"span": "$.attributes.seen", "min_score": 0.5}]
     words = "$.attributes[?(@.x__gopher_v1__word_count[0][2] > 20)]"
     stream |= {"filter": {"include": [words]}, "output": {"path": f"{place}/mixed"}}
-    stream["output"] |= {"discard_fields": ["attributes"], "max_size_in_bytes": 100_000_000}
+    stream["output"] |= {"discard_fields": ["attributes"], "max_size_in_bytes": 20_000_000}
     (place / "mix.json").write_text(json.dumps({"streams": [stream], "processes": 1}))
     one = "--workers=1"
     tag = [f"--tagger={tagger}" for tagger in TAGGERS]
@@ -136,7 +136,9 @@ def _steps(folder: Path, place: Path) -> Iterator[tuple[str, list[str]]]:
     yield "dedupe", [*OURS, "dedupe", f"{place}/dedupe.json", one]
     yield "mix", [*OURS, "mix", f"{place}/mix.json", one]
     mixed = sorted(map(str, (place / "mixed").glob("*.gz")))
-    yield "tokenize", [*OURS, "tokenize", *mixed, f"--out={place}/tokens", tokenizer, one]
+    # A token file is put together in memory: 16 MB here, not the usual 128.
+    to = [f"--out={place}/tokens", tokenizer, "--max_tokens_per_file=8000000", one]
+    yield "tokenize", [*OURS, "tokenize", *mixed, *to]
     yield "stat", [*OURS, "stat", pattern, f"--out={place}/stat.html", one]
 
 
