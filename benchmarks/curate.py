@@ -162,7 +162,7 @@ def _plot(rows: list[dict]) -> str:
     sizes = [row["megabytes"] for row in rows]
     names = list(rows[0]["steps"])
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 320" '
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 890 320" '
         'font-family="sans-serif" font-size="13" fill="#777">'
     ]
     memory = [[r["steps"][s]["peak_bytes"] / 1e6 for r in rows] for s in names]
