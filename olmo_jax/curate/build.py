@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pydantic import Field, model_validator
 from olmo_jax import storage
 from olmo_jax.curate.card import write_card
 from olmo_jax.curate.config import Config, parse_config
-from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
+from olmo_jax.curate.decontaminate import DecontaminateConfig, Questions, write_index
 from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import BloomConfig, DedupeConfig, DeduperConfig
 from olmo_jax.curate.documents import find_documents
@@ -29,8 +30,10 @@ from olmo_jax.curate.mix import (
     OutputConfig,
     SpanReplacement,
     StreamConfig,
+    have_attributes,
     mix,
 )
+from olmo_jax.curate.names import Known, of_taggers
 from olmo_jax.curate.tag import tag
 from olmo_jax.data.fingerprint import contents, fingerprint_files
 from olmo_jax.data.tokenize import tokenize_documents
@@ -38,6 +41,7 @@ from olmo_jax.data.tokenizer import EOS
 from olmo_jax.errors import UserError
 from olmo_jax.files import replacing, write_bytes
 
+_MODULES = {"olmo-jax": "olmo_jax"}
 TAGS, CONTAMINATION = "tags", "contamination"
 
 
@@ -59,7 +63,10 @@ class TokenizeStep(Config):
 
     tokenizer: str
     eos_token: str = EOS
+    keep_whitespace: bool = False
+    """Do not strip the documents."""
     seed: int | None = 0
+    """Shuffles the documents; null leaves them in the sources' order."""
     max_tokens_per_file: int = Field(default=1 << 26, gt=0)
 
 
@@ -90,18 +97,28 @@ class Recipe(Config):
         return self
 
 
-def build(content: Any, path: str, executor: Executor, quiet: bool = False) -> dict[str, Any]:
+def build(
+    content: Any,
+    path: str,
+    executor: Executor,
+    quiet: bool = False,
+    questions: Questions | None = None,
+) -> dict[str, Any]:
     """Carries out a recipe (parsed YAML; `path` is for messages) and writes the data card; its
-    facts. Raises UserError."""
+    facts. `questions` is asked for those of decontaminate.tasks. Raises UserError."""
     recipe = parse_config(content, Recipe, path)
     if storage.has_protocol(recipe.out):
         raise UserError(f"out = {recipe.out}: must be a folder of this machine")
     out = Path(recipe.out).absolute()
-    claim(str(out), "recipe", {"recipe": recipe.model_dump(mode="json")})
-    # Mistakes in a filter come out before the work.
+    # Mistakes in a filter come out before the work, and leave no mark of a recipe that is mended.
     streams = _streams(recipe, out)
+    known = of_taggers(TAGS, recipe.tag) + Known(frozenset(map(_attribute, recipe.dedupe)))
+    if recipe.decontaminate:
+        known += of_taggers(CONTAMINATION, ["ngram_overlap"])
+    first = [find_documents(source.documents)[0] for source in recipe.sources.values()]
     for stream in streams.streams:
-        stream.check()
+        stream.check(None if any(map(have_attributes, first)) else known)
+    claim(str(out), "recipe", {"recipe": recipe.model_dump(mode="json")})
     facts: dict[str, Any] = {"sources": _gather(recipe, out), "steps": []}
     steps = facts["steps"]
     # In the recipe's order, which says which of two duplicates stays.
@@ -117,17 +134,26 @@ def build(content: Any, path: str, executor: Executor, quiet: bool = False) -> d
         steps.append({"step": "dedupe", "name": step.name, **dedupe(config, executor, quiet)})
     if recipe.decontaminate:
         index = out / "evaluation_ngrams.npz"
-        ngrams = write_index(recipe.decontaminate, str(index)) if not index.exists() else None
+        if not index.exists():
+            write_index(recipe.decontaminate, str(index), questions)
         tag(everything, [f"ngram_overlap:{index}"], CONTAMINATION, executor, quiet)
-        steps.append({"step": "decontaminate", "ngrams": ngrams})
+        sets = [*recipe.decontaminate.against, *recipe.decontaminate.tasks]
+        steps.append({"step": "decontaminate", "sets": sets})
     facts["mix"] = mix(streams, executor, quiet)
     facts["tokens"] = _tokenize(recipe, out, executor, quiet)
     packages = ("olmo-jax", "numpy", "tokenizers", "msgspec", "rbloom", "rensa", "pycld2", "regex")
-    facts["versions"] = {"python": platform.python_version()} | {p: version(p) for p in packages}
+    facts["versions"] = {"python": platform.python_version()}
+    facts["versions"] |= {p: version(p) for p in packages if find_spec(_MODULES.get(p, p))}
     facts["recipe"] = recipe.model_dump(mode="json")
     write_bytes(out / "card.json", json.dumps(facts, indent=1).encode())
     write_card(facts, out / "README.md")
     return facts
+
+
+def _attribute(step: DedupeConfig) -> str:
+    part = step.documents or step.paragraphs
+    assert part
+    return part.attribute_name
 
 
 def _gather(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -191,6 +217,7 @@ def _tokenize(recipe: Recipe, out: Path, executor: Executor, quiet: bool) -> dic
             folder,
             step.tokenizer,
             eos_token=step.eos_token,
+            strip=not step.keep_whitespace,
             max_tokens_per_file=step.max_tokens_per_file,
             seed=step.seed,
             run=job_runner(executor, "tokenizing", quiet),

@@ -37,7 +37,8 @@ def write_card(facts: dict[str, Any], path: Path) -> None:
                 "as seen before"
             )
         else:
-            lines.append("- looked through for n-grams of the evaluation sets")
+            sets = ", ".join(f"`{name}`" for name in step["sets"])
+            lines.append(f"- looked through for n-grams of the evaluation sets {sets}")
     for name, counts in facts["mix"].items():
         left = counts["documents"]
         lines += ["", f"### {name}", "", "| | documents | left |", "|---|---:|---:|"]

@@ -4,13 +4,14 @@ An index of the sets' n-grams is a file; looking documents up in it is a tagger,
 Words are runs of letters and digits in small letters, so that punctuation and spacing do not count.
 """
 
+import io
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from olmo_jax import storage
 from olmo_jax.curate.config import Config
@@ -18,6 +19,9 @@ from olmo_jax.curate.documents import Attributes, Document, Span, find_documents
 from olmo_jax.data.documents import parse_line, read_lines
 from olmo_jax.errors import UserError
 
+Questions = Callable[[Sequence[str]], Iterable[Iterable[str]]]
+"""Names of tasks to the texts of each of their questions. (Tasks are `eval`'s, which this room does
+not know; the command line brings them together.)"""
 _WORD = re.compile(r"\w+")
 _PRIME = 0x9E3779B97F4A7C15
 
@@ -25,9 +29,12 @@ _PRIME = 0x9E3779B97F4A7C15
 class DecontaminateConfig(Config):
     """What documents are looked through for."""
 
-    against: tuple[str, ...] = Field(min_length=1)
+    against: tuple[str, ...] = ()
     """Files of evaluation sets, JSON lines or Parquet; every text in them counts, whatever its
     field is called."""
+    tasks: tuple[str, ...] = ()
+    """Tasks and suites of `olmo-jax eval --list`: their questions, and those with the right answer,
+    without worked examples and the words of the format."""
     fields: tuple[str, ...] = ()
     """Only these fields, e.g. question; at any depth."""
     ngram_length: int = Field(default=13, ge=1)
@@ -35,26 +42,58 @@ class DecontaminateConfig(Config):
     min_words: int = Field(default=8, ge=1)
     """A text with fewer words than an n-gram is looked for whole, from this many on."""
 
+    @model_validator(mode="after")
+    def _something(self) -> "DecontaminateConfig":
+        if not self.against and not self.tasks:
+            raise ValueError("give decontaminate.against (files), decontaminate.tasks, or both")
+        return self
 
-def write_index(config: DecontaminateConfig, out: str) -> int:
-    """Writes the index of the evaluation sets' n-grams; how many it has. Raises UserError."""
+
+class Index(NamedTuple):
+    """What is in an index."""
+
+    ngrams: int
+    questions: int
+    too_short: int
+    """Questions without a text of `min_words`, which are not looked for."""
+
+
+def write_index(config: DecontaminateConfig, out: str, questions: Questions | None = None) -> Index:
+    """Writes the index of the n-grams of files and of `questions(config.tasks)`. Raises
+    UserError."""
     hashes: dict[int, list[np.ndarray]] = {}
-    for path in find_documents(config.against):
-        for line in read_lines(path):
-            for text in _texts(parse_line(line, path), config.fields, not config.fields):
-                words = _WORD.findall(text.lower())
-                n = min(config.ngram_length, len(words))
-                if n >= min(config.min_words, config.ngram_length):
-                    hashes.setdefault(n, []).append(_ngram_hashes(words, n))
+    total = too_short = 0
+    for texts in _questions(config, questions):
+        is_short = True
+        for text in texts:
+            words = _WORD.findall(text.lower())
+            n = min(config.ngram_length, len(words))
+            if n >= min(config.min_words, config.ngram_length):
+                hashes.setdefault(n, []).append(_ngram_hashes(words, n))
+                is_short = False
+        total += 1
+        too_short += is_short
     if not hashes:
         raise UserError(
-            f"{', '.join(config.against)}: no text of {config.min_words} words or more"
-            + (f" in the fields {', '.join(config.fields)}" if config.fields else "")
+            f"{', '.join([*config.against, *config.tasks])}: no text of {config.min_words} words "
+            "or more" + (f" in the fields {', '.join(config.fields)}" if config.fields else "")
         )
     index = {str(n): np.unique(np.concatenate(found)) for n, found in sorted(hashes.items())}
-    with writing(out) as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
-    return sum(map(len, index.values()))
+    np.savez(content := io.BytesIO(), **index)  # type: ignore[arg-type]
+    # One that is the same stays, with its date: what was made with it need not be made again.
+    if not storage.exists(out) or storage.read(out) != content.getvalue():
+        with writing(out) as file:
+            file.write(content.getvalue())
+    return Index(sum(map(len, index.values())), total, too_short)
+
+
+def _questions(config: DecontaminateConfig, questions: Questions | None) -> Iterator[Iterable[str]]:
+    for path in find_documents(config.against) if config.against else ():
+        for line in read_lines(path):
+            yield _texts(parse_line(line, path), config.fields, not config.fields)
+    if config.tasks:
+        assert questions is not None, "the caller knows the tasks"
+        yield from questions(config.tasks)
 
 
 class NgramOverlap:

@@ -7,6 +7,7 @@ of Dolma's deduper, with `method` (bloom, exact, minhash); `min_words` does not 
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ from olmo_jax.data.documents import document_id, parse_line, read_lines
 from olmo_jax.errors import UserError
 
 _SEPARATOR = "\0"
+_WORD = re.compile(r"\w+")
+_BEGIN = 100
+"""Characters of a document that the list of clusters shows."""
 
 
 def dedupe(config: DeduperConfig, executor: Executor, quiet: bool = False) -> dict[str, int]:
@@ -71,23 +75,47 @@ def dedupe_files(
         Shard(path, key, hash_file, (path, key, settings), size, (path,))
         for path, key, size in zip(paths, keys, sizes, strict=True)
     ]
-    hashed = run_shards(hashing, executor, "hashing", quiet)
+    run_shards(hashing, executor, "hashing", quiet)
     marks = [key.replace(".npz", ".marks.npy") for key in keys]
-    if hashed or not all(map(os.path.exists, marks)):
-        decide(keys, marks, config.dedupe, config.bloom_filter)
+    if not _is_decided(keys, marks, config):
+        decide(paths, keys, marks, clusters_path(outs, settings), settings, config.bloom_filter)
     marking = [
         Shard(path, out, write_marks, (path, key, mark, out, settings), size, (path, mark))
         for path, key, mark, out, size in zip(paths, keys, marks, outs, sizes, strict=True)
     ]
     run_shards(marking, executor, "marking", quiet)
-    seen = [np.load(mark) for mark in marks]
-    return {"units": sum(map(len, seen)), "duplicates": int(sum((s >= 0).sum() for s in seen))}
+    counts = {"units": 0, "duplicates": 0}
+    for mark in marks:
+        score_U = np.load(mark)
+        counts["units"] += len(score_U)
+        counts["duplicates"] += int((score_U >= 0).sum())
+    return counts
+
+
+def _is_decided(keys: Sequence[str], marks: Sequence[str], config: DeduperConfig) -> bool:
+    """Whether all marks are there, none is older than what was compared, and the filter is
+    written."""
+    if not all(map(os.path.exists, marks)):
+        return False
+    written = [os.path.getmtime(mark) for mark in marks]
+    if max(map(os.path.getmtime, keys)) > min(written):
+        return False
+    bloom = config.bloom_filter
+    if config.dedupe.method != "bloom" or bloom.file is None or bloom.read_only:
+        return True
+    return os.path.exists(bloom.file) and os.path.getmtime(bloom.file) >= max(written)
+
+
+def clusters_path(outs: Sequence[str], settings: DedupeConfig) -> str:
+    """Where MinHash lists its clusters: beside the first attributes file."""
+    return os.path.join(os.path.dirname(outs[0]), f"{settings.name}.clusters.jsonl")
 
 
 def hash_file(path: str, out: str, settings: DedupeConfig, advance: Advance) -> None:
     """Writes the Keys of a documents file. Raises UserError."""
     digests: list[bytes] = []
     signatures: list[Any] = []
+    names: list[tuple[str, str]] = []
     unit: list[int] = []
     units: list[tuple[int, int, int, bool]] = []
     done = 0
@@ -97,6 +125,8 @@ def hash_file(path: str, out: str, settings: DedupeConfig, advance: Advance) -> 
             is_whole = False
             if settings.method == "minhash":
                 signatures.append(_signature(text, settings.minhash))
+                begin = " ".join(text[:_BEGIN].split())
+                names.append((document_id(row, path, line.number), begin))
             else:
                 items, is_whole = _items(text, settings.paragraphs)
                 digests += [xxhash.xxh3_128_digest(item.encode()) for item in items]
@@ -113,8 +143,11 @@ def hash_file(path: str, out: str, settings: DedupeConfig, advance: Advance) -> 
         unit = list(range(len(units)))
     else:
         hashes = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+    units_U4 = np.array(units, np.int64).reshape(-1, 4)
     with writing(out) as file:
-        np.savez(file, hashes, np.array(unit, np.int64), np.array(units, np.int64).reshape(-1, 4))
+        np.savez(
+            file, hashes, np.array(unit, np.int64), units_U4, np.frombuffer(encode(names), np.uint8)
+        )
 
 
 def write_marks(
@@ -196,9 +229,11 @@ def _items(text: str, paragraphs: ParagraphConfig | None) -> tuple[list[str], bo
 def _signature(text: str, config: MinHashConfig) -> list[int]:
     from rensa import RMinHash
 
-    words = text.lower().split()
+    # Without punctuation: two editions of a play, one without stage directions, have 0.32 to 0.58
+    # of their 5-grams in common with it, and 0.79 to 0.99 without.
+    words = _WORD.findall(text.lower())
     n = config.ngram_length
     grams = {" ".join(gram) for gram in zip(*(words[k:] for k in range(n)), strict=False)}
     minhash = RMinHash(config.permutations, config.seed)
-    minhash.update(sorted(grams) or [" ".join(words)])
+    minhash.update(sorted(grams) or [" ".join(words) or text])
     return minhash.digest()

@@ -35,13 +35,15 @@ _GZIP_LEVEL = 6  # 9 takes twice the time and saves 1 % on attributes
 
 
 class Document(msgspec.Struct):
-    """What taggers see. `metadata` is JSON that is not parsed yet (`fields` does that)."""
+    """What taggers see. `metadata` and `url` are JSON that is not parsed yet
+    (`fields` and `blocklists.url_of` do that)."""
 
     text: str
     id: str | None = None
     source: str | None = None
     metadata: msgspec.Raw = _NONE
     meta: msgspec.Raw = _NONE
+    url: msgspec.Raw = _NONE
 
     def fields(self) -> dict[str, Any]:
         """The metadata (RedPajama's `meta`) as a dict; empty when there is none."""

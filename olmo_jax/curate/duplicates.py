@@ -7,15 +7,16 @@ files and writing attributes is `dedupe`'s.
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from rbloom import Bloom
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from olmo_jax.curate.dedupe_config import BloomConfig, DedupeConfig, MinHashConfig
-from olmo_jax.curate.documents import writing
+from olmo_jax.curate.documents import encode, writing
 from olmo_jax.errors import UserError
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -34,6 +35,8 @@ class Keys(NamedTuple):
     units_U4: np.ndarray
     """Of each document or paragraph: line, start, end (characters; bytes of a document's key), and
     whether its last item alone decides."""
+    names: np.ndarray
+    """For MinHash the documents' ids and first words, [[id, words], …] as JSON, uint8."""
 
 
 def load_keys(path: str) -> Keys:
@@ -42,27 +45,72 @@ def load_keys(path: str) -> Keys:
 
 
 def decide(
-    keys: Sequence[str], marks: Sequence[str], settings: DedupeConfig, bloom: BloomConfig
+    paths: Sequence[str],
+    keys: Sequence[str],
+    marks: Sequence[str],
+    clusters: str,
+    settings: DedupeConfig,
+    bloom: BloomConfig,
 ) -> None:
-    """Writes a score for each unit of each file: -1 for what is not marked. Raises UserError."""
-    filter_: Bloom | None = None
+    """Writes a score for each unit of each file: -1 for what is not marked; for MinHash also the
+    file `clusters`. Raises UserError."""
     if settings.method == "minhash":
         files = [load_keys(key) for key in keys]
-        first_U = near_duplicates(np.concatenate([f.hashes_I2 for f in files]), settings.minhash)
+        signature_UP = np.concatenate([f.hashes_I2 for f in files])
+        first_U = near_duplicates(signature_UP, settings.minhash)
+        _write_clusters(paths, files, signature_UP, first_U, clusters)
         score_U = np.where(first_U == np.arange(len(first_U)), -1.0, 1.0)
         ends = np.cumsum([len(f.units_U4) for f in files])
-        scores = np.split(score_U, ends[:-1])
-    else:
-        filter_ = _open_bloom(bloom) if settings.method == "bloom" else None
-        is_known = _exact() if filter_ is None else _in_bloom(filter_, bloom.read_only)
-        scores = [_scores(load_keys(key), is_known, settings) for key in keys]
-    # The filter is written before the marks: when they are there, it is.
+        for mark, part_U in zip(marks, np.split(score_U, ends[:-1]), strict=True):
+            _write_mark(mark, part_U)
+        return
+    filter_ = _open_bloom(bloom) if settings.method == "bloom" else None
+    is_known = _exact() if filter_ is None else _in_bloom(filter_, bloom.read_only)
+    for key, mark in zip(keys, marks, strict=True):
+        _write_mark(mark, _scores(load_keys(key), is_known, settings))
+    # After the marks: with it everything here would have been seen before.
     if filter_ is not None and bloom.file and not bloom.read_only:
         with writing(bloom.file) as file:
             file.write(filter_.save_bytes())
-    for mark, score_U in zip(marks, scores, strict=True):
-        with writing(mark) as file:
-            np.save(file, score_U)
+
+
+def _write_mark(path: str, score_U: np.ndarray) -> None:
+    with writing(path) as file:
+        np.save(file, score_U)
+
+
+def _write_clusters(
+    paths: Sequence[str],
+    files: Sequence[Keys],
+    signature_UP: np.ndarray,
+    first_U: np.ndarray,
+    out: str,
+) -> None:
+    """The clusters of two documents and more for people, the largest first, a line of JSON each.
+    The first document stays; `similarity` is its estimated Jaccard similarity with each."""
+    starts = np.cumsum([0, *(len(f.units_U4) for f in files)])
+    order = np.argsort(first_U, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(first_U[order])) + 1)
+    names: dict[int, list[list[str]]] = {}
+
+    def describe(u: int, first: int) -> dict[str, Any]:
+        file = int(np.searchsorted(starts, u, "right")) - 1
+        if file not in names:
+            names[file] = msgspec.json.decode(files[file].names.tobytes())
+        i = u - int(starts[file])
+        name, begin = names[file][i]
+        return {
+            "id": name,
+            "file": paths[file],
+            "line": int(files[file].units_U4[i, 0]),
+            "similarity": round(float((signature_UP[u] == signature_UP[first]).mean()), 3),
+            "begins": begin,
+        }
+
+    with writing(out) as lines:
+        for group in sorted((m for m in members if len(m) > 1), key=lambda m: (-len(m), m[0])):
+            documents = [describe(u, int(group[0])) for u in group.tolist()]
+            lines.write(encode({"size": len(group), "documents": documents}) + b"\n")
 
 
 def _scores(keys: Keys, is_known: _IsKnown, settings: DedupeConfig) -> np.ndarray:

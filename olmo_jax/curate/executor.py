@@ -152,7 +152,7 @@ def _in_words(shard: Shard, error: BaseException) -> str:
 
 # What a worker imports takes a second; the fork server does it once. (Tokenizing needs none of it,
 # nor the extra `curate`.)
-_PRELOADED = [f"olmo_jax.curate.{name}" for name in ("mix", "dedupe", "taggers")]
+_PRELOADED = [f"olmo_jax.curate.{name}" for name in ("mix", "dedupe", "stat", "taggers")]
 if find_spec("msgspec") is None:
     _PRELOADED = []
 _Done = Iterator[tuple[Shard, Any]]

@@ -25,6 +25,8 @@ _TOKEN = re.compile(
 )
 _CONSTANTS = {"true": True, "false": False, "null": None}
 _NAMES = re.compile(r"\b\w+?__\w+__\w+\b")
+_MEMBERS = re.compile(r"\battributes(?:\.|\[['\"])([A-Za-z_][\w-]*)")
+_ASKED = re.compile(r"@(?:\.|\[['\"])([A-Za-z_][\w-]*)")
 
 
 @lru_cache(maxsize=256)
@@ -63,8 +65,14 @@ class Filter:
 
 
 def attribute_names(expressions: Sequence[str]) -> set[str]:
-    """The attributes (`experiment__tagger__type`) that expressions name."""
-    return {name for text in expressions for name in _NAMES.findall(text)}
+    """The attributes that expressions name: `experiment__tagger__type` anywhere, and other names
+    where they follow `attributes` or are asked for in a filter on it."""
+    found: set[str] = set()
+    for text in expressions:
+        found.update(_NAMES.findall(text), _MEMBERS.findall(text))
+        if "$.attributes[?" in text:
+            found.update(_ASKED.findall(text))
+    return found
 
 
 def _compile_jq(text: str) -> Select:

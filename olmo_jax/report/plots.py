@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from olmo_jax.numerals import tick_text, ticks
+
 WIDTH, HEIGHT = 560, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 30
 BOX = {
@@ -145,23 +147,6 @@ def make_plot(
             "curves": hover,
         },
     )
-
-
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers in [low, high], 1, 2, 2.5 or 5 times a power of ten apart."""
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [n * step for n in range(first, last + 1)]
-
-
-def tick_text(value: float) -> str:
-    """At most a few letters: 2.5, 0.001, 2e-5, 250k."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * scale or (abs(value) >= scale and scale > 1e3):
-            return f"{value / scale:.6g}{letter}"
-    return f"{value:.6g}".replace("e-0", "e-")
 
 
 def _padded(low: float, high: float, from_zero: bool) -> tuple[float, float]:

@@ -8,6 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from olmo_jax.curate.config import parse_config
+from olmo_jax.curate.dedupe import dedupe
+from olmo_jax.curate.dedupe_config import DeduperConfig
 from olmo_jax.curate.documents import find_documents, read_documents, writing
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.filters import compile_expression
@@ -117,9 +119,27 @@ def test_missing_attributes_are_named(tmp_path, write_documents):
         return str(error.value)
 
     wrong = {"include": ["$.attributes[?(@.x__gopher_v2__word_count[0][2] > 1)]"]}
-    assert "has an attribute like x__gopher_v2__word_count; there are x__gopher" in run(
-        filter=wrong
-    )
+    assert "x__gopher_v2__word_count; did you mean x__gopher_v1__word_count?" in run(filter=wrong)
+    near = [{"span": "$.attributes.x__gopher_v1__wrod_count"}]
+    assert "did you mean x__gopher_v1__word_count?" in run(span_replacement=near)
+    fields = {"attribute_name": "seen_before", "key": "$.text"}
+    config = {"documents": [str(path)], "dedupe": {"name": "again", "documents": fields}}
+    dedupe(parse_config(config, DeduperConfig, ""), Executor())
+    both = {"attributes": ["x", "again"]}
+    jq = '.attributes["seen_befor"] != null'
+    for syntax, text in (("jsonpath", "$.attributes[?(@.seen_befor)]"), ("jq", jq)):
+        wrong = {"exclude": [text], "syntax": syntax}
+        assert "seen_befor; did you mean seen_before?" in run(filter=wrong, **both)
+    right = {"exclude": ["$.attributes[?(@.seen_before)]"]}  # in no document, but it might be
+    stream = {"name": "r", "documents": [str(path)], "filter": right, **both}
+    stream["output"] = {"path": str(tmp_path / "out")}
+    assert mix(parse_config({"streams": [stream]}, MixConfig, ""), Executor())["r"]["kept"] == 2
+
+    # Without the settings of what wrote them, as Dolma leaves attributes.
+    (tmp_path / "attributes/x/.x.settings.json").unlink()
+    wrong = {"include": ["$.attributes[?(@.x__gopher_v2__word_count[0][2] > 1)]"]}
+    message = run(filter=wrong)
+    assert "no document of" in message and "did you mean x__gopher_v1__word_count?" in message
     file = tmp_path / "attributes/x/a.jsonl"
     lines = file.read_text().splitlines()
     file.write_text(lines[0] + "\n")

@@ -92,6 +92,7 @@ def test_mistakes_in_a_recipe_come_out_first(recipe, tmp_path):
         ({"tokenise": 1}, "tokenise is no field"),
         ({"filter": {"exclude": ["$.a[?("]}}, "cannot be read from character"),
         ({"sources": {}}, "sources"),
+        ({"filter": {"exclude": ["$.attributes.near_duplicat"]}}, "did you mean near_duplicate"),
         ({"dedupe": recipe["dedupe"] * 2}, "names of their own"),
     ):
         with pytest.raises(UserError, match=message):

@@ -12,6 +12,8 @@ from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import DeduperConfig
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.mix import MixConfig, mix
+from olmo_jax.curate.names import of_taggers
+from olmo_jax.curate.stat import Settings, stat
 from olmo_jax.curate.tag import tag
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dolma.json.xz"
@@ -50,6 +52,8 @@ def test_attributes_are_equal(dolma, corpus):
         if found["attributes"].get(name) != expected.get(name)
     }
     assert not differing
+    names = {name for row in ours for name in row["attributes"]}
+    of_taggers("dolma", dolma["taggers"]).check(names, "the fixture")
     assert sum(map(len, dolma["attributes"])) > 2000
 
 
@@ -86,3 +90,12 @@ def test_what_was_seen_before_is_the_same(dolma, corpus, name, method):
     ]
     assert pairs[0] == pairs[1]
     assert counts["duplicates"] == sum(map(len, theirs)) > 0
+
+
+def test_distributions_are_of_the_same_numbers(dolma, corpus):
+    found = stat([f"{corpus}/documents/*"], None, Settings(("dolma",)), NOW, quiet=True)
+    for name, row in found["attributes"].items():
+        for kind in ("score", "length"):
+            n, total = dolma["stat"][f"{name}/{kind}"]
+            assert row[kind]["count"] == n and row[kind]["sum"] == pytest.approx(total, abs=1e-3)
+    assert len(dolma["stat"]) == 2 * len(found["attributes"]) > 150

@@ -9,9 +9,12 @@ import time
 
 import pytest
 
+from olmo_jax.curate import duplicates
 from olmo_jax.curate.config import parse_config
+from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
 from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import DeduperConfig
+from olmo_jax.curate.documents import writing
 from olmo_jax.curate.executor import Executor, Shard, run_shards
 from olmo_jax.curate.mix import MixConfig, mix
 from olmo_jax.curate.tag import tag
@@ -156,3 +159,36 @@ def test_what_has_changed_is_made_again(corpus):
     assert tag(documents, ["gopher_v1"], "a", Executor()) == 31
     after = outputs(corpus)
     assert [name for name in after if after[name] != before[name]] == ["attributes/a/part-0.jsonl"]
+
+
+def test_a_bloom_filter_survives_a_kill_while_it_is_written(corpus, monkeypatch):
+    bloom = {"file": f"{corpus}/bloom.bin", "estimated_doc_count": 1000}
+    fields = {"name": "seen", "paragraphs": {"attribute_name": "seen"}}
+    content = {"documents": [f"{corpus}/documents/*"], "dedupe": fields, "bloom_filter": bloom}
+    config = parse_config(content, DeduperConfig, "")
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(duplicates, "writing", lambda p: stop(p) if "bloom" in p else writing(p))
+        dedupe(config, Executor())
+    counts = dedupe(config, Executor())
+    assert 0 < counts["duplicates"] < counts["units"]
+    assert dedupe(config, Executor()) == counts
+    alone = {**content, "dedupe": fields | {"name": "alone"}, "bloom_filter": {}}
+    assert dedupe(parse_config(alone, DeduperConfig, ""), Executor()) == counts
+
+
+def test_another_index_of_the_same_name_is_looked_up_again(corpus):
+    documents = [f"{corpus}/documents/*.jsonl"]
+    index, counts = f"{corpus}/index.npz", []
+    with (corpus / "documents/part-0.jsonl").open() as lines:
+        text = json.loads(next(lines))["text"]
+    none = "nothing that is there at all or was there"
+    for questions in ([[none]], [[none]], [[text]]):
+        config = parse_config({"tasks": ["made up"]}, DecontaminateConfig, "")
+        write_index(config, index, lambda names, questions=questions: questions)
+        counts.append(tag(documents, [f"ngram_overlap:{index}"], "c", Executor()))
+    assert counts == [120, 0, 120]
+    assert "contaminated" in (corpus / "attributes/c/part-0.jsonl").read_text()

@@ -15,6 +15,7 @@ from olmo_jax.curate.dedupe import dedupe
 from olmo_jax.curate.dedupe_config import DeduperConfig
 from olmo_jax.curate.documents import Document, encode, read_attributes
 from olmo_jax.curate.executor import Executor
+from olmo_jax.curate.names import TYPES
 from olmo_jax.curate.taggers import load_tagger, tagger_names
 from olmo_jax.errors import UserError
 
@@ -131,7 +132,8 @@ def test_questions_of_evaluation_sets_are_found(tmp_path):
         b"".join(encode({"doc": {"q": text, "n": [text[:9]]}}) + b"\n" for text in questions)
     )
     config = parse_config({"against": [f"{tmp_path}/sets.jsonl"]}, DecontaminateConfig, "")
-    assert write_index(config, f"{tmp_path}/index.npz") > 40
+    made = write_index(config, f"{tmp_path}/index.npz")
+    assert made.ngrams > 40 and (made.questions, made.too_short) == (40, 0)
     tagger = load_tagger(f"ngram_overlap:{tmp_path}/index.npz")
     for question in questions:
         before = " ".join(random.choices(words, k=50))
@@ -194,3 +196,11 @@ def test_a_bloom_filter_is_kept_and_compared_with_later(tmp_path, write_document
     assert (tmp_path / "seen.bloom").read_bytes() == before
     assert marks("third") == [True, False, True]
     assert marks("third") == [True, False, True]  # nothing left to do
+
+
+def test_every_tagger_of_ours_has_its_types_listed():
+    open_ones = {"fasttext"}
+    assert set(tagger_names()) - open_ones == set(TYPES)
+    for name in ("repetitions_v1", "pii_regex_v1", "pii_regex_with_counts_v2", "random_number_v1"):
+        found = load_tagger(name)(document("ab ab ab ab ab to a.b@c.org or 10.1.1.1 \n"))
+        assert set(found) <= set(TYPES[name])

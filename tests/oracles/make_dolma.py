@@ -8,8 +8,8 @@
     PYTHONPATH=launch python tests/oracles/make_dolma.py
 
 Documents are scenes of the plays (launch/demo_text.py), cut short, and a few that try the rules.
-Beside them are the attributes that its taggers give, what its mixer writes and what its deduper
-marks, each with the configuration.
+Beside them are the attributes that its taggers give, their number and sum as its `stat` has them,
+what its mixer writes and what its deduper marks, each with the configuration.
 """
 
 import gzip
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from demo_text import read_plays
 from dolma import deduper, mixer
+from dolma.core.analyzer import create_and_run_analyzer
 from dolma.core.runtime import create_and_run_tagger
 
 OUT = Path(__file__).parents[1] / "curate" / "fixtures" / "dolma.json.xz"
@@ -139,6 +140,11 @@ def main() -> None:
         pattern = f"{root}/*.jsonl"
         work = {"input": f"{folder}/in", "output": f"{folder}/out"}
         create_and_run_tagger([pattern], TAGGERS, experiment="dolma", num_processes=1)
+        report = f"{folder}/report"
+        create_and_run_analyzer([f"{folder}/attributes/dolma/*"], report=report, num_bins=20)
+        with gzip.open(f"{report}/summaries.jsonl.gz") as lines:
+            summaries = {row.pop("name"): row for row in map(json.loads, lines)}
+        stat = {name: [row["total"], row["sum"]] for name, row in sorted(summaries.items())}
         mixed = {}
         for stream in (MIX, JQ):
             out = {**stream["output"], "path": f"{folder}/mixed"}
@@ -157,6 +163,7 @@ def main() -> None:
         "taggers": TAGGERS,
         "files": files,
         "attributes": read.pop("dolma"),
+        "stat": stat,
         "mix": [{"stream": stream, "rows": mixed[stream["name"]]} for stream in (MIX, JQ)],
         "dedupe": {name: {"dedupe": DEDUPE[name], "attributes": read[name]} for name in DEDUPE},
     }
