@@ -271,8 +271,6 @@ def _steps(text: str, planned: int) -> list[int]:
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--steps={text}: give steps as 5, or 100:199, or several with commas")
         if not 1 <= int(first) <= int(last) <= planned:
-            raise UserError(
-                f"--steps={text}: the run has steps 1 to {planned:,}"
-            )
+            raise UserError(f"--steps={text}: the run has steps 1 to {planned:,}")
         steps |= set(range(int(first), int(last) + 1))
     return sorted(steps)
