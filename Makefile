@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 AOT := .venv-aot
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-slow test-aot lint bench lock clean
+.PHONY: help demo test test-slow test-aot test-device lint bench lock clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -22,6 +22,9 @@ test-slow: $(VENV)/test.stamp  ## The tests that take longer
 
 test-aot: $(AOT)/stamp  ## Compile for TPUs and GPUs that are not there, and look at the programs
 	$(AOT)/bin/python -m pytest -m aot tests/aot
+
+test-device: $(VENV)/device.stamp  ## On a machine with a GPU: what its kernels compute, training, decoding
+	JAX_PLATFORMS= XLA_FLAGS= $(BIN)/python -m pytest -m device tests/device
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -48,6 +51,11 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing olmo_jax with its tests and the peers it is compared with (torch, transformers) …"
 	@$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/run.stamp
+
+$(VENV)/device.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing olmo_jax with CUDA …"
+	@$(PIP) --editable '.[cuda]' pytest
+	@touch $@
 
 $(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing olmo_jax with the peers it is measured against (torch, transformers) …"

@@ -223,7 +223,7 @@ class _Reader:
         if i.op == "while":
             inner = _attribute(i.rest, "body") or ""
             self.run(inner, times * self._trips(i, body), fused)
-        elif i.op in ("fusion", "async-start", "call"):
+        elif i.op in ("fusion", "fusion-start", "async-start", "call"):
             called = _attribute(i.rest, "calls") or _attribute(i.rest, "to_apply") or ""
             if called in self.computations:
                 self.run(called, times, fused or i.op != "call")
@@ -303,15 +303,19 @@ class _Reader:
             return _here(i.shapes[:1]) + _here(_result(body, i.operands[0]))
         operands = [_result(body, name) for name in i.operands]
         if i.op == "fusion":
-            return self._fusion(i, operands)
+            return self._fusion(i, i.shapes, operands)
+        if i.op == "fusion-start":  # XLA:GPU's; its tuple holds the operands, and a context
+            return self._fusion(i, i.shapes[sum(map(len, operands)) : -1], operands)
         if i.op.removesuffix("-start") in _COLLECTIVES:
             return 2 * sum(_here(shapes) for shapes in operands)
         return _here(i.shapes) + sum(_here(shapes) for shapes in operands)
 
-    def _fusion(self, i: Instruction, operands: list[tuple[Shape, ...]]) -> float:
+    def _fusion(
+        self, i: Instruction, results: tuple[Shape, ...], operands: list[tuple[Shape, ...]]
+    ) -> float:
         inner = self.computations.get(_attribute(i.rest, "calls") or "")
         if inner is None:
-            return _here(i.shapes) + sum(_here(shapes) for shapes in operands)
+            return _here(results) + sum(_here(shapes) for shapes in operands)
         users: dict[str, list[Instruction]] = {}
         for user in inner.values():
             for name in {operand.partition("#")[0] for operand in user.operands}:
@@ -324,7 +328,7 @@ class _Reader:
         parts = [root]
         if root.op == "tuple":
             parts = [inner[name.partition("#")[0]] for name in root.operands]
-        for part, shape in zip(parts, i.shapes, strict=False):
+        for part, shape in zip(parts, results, strict=False):
             while part.op == "bitcast" and part.operands[0] in inner:
                 part = inner[part.operands[0]]
             written = (
