@@ -4,7 +4,7 @@ python -m benchmarks.gpu [--shape=olmo2_1b] [--rows=2] [--length=4096] [--only=t
                          [--out=benchmarks/results/gpu.json]
 
 Each contender is a process of its own: weights and optimizer in float32, products in bfloat16,
-AdamW, clipped to norm 1; transformers with torch's fused AdamW and its scaled-dot-product attention.
+AdamW, clipped to norm 1; transformers with torch's fused AdamW and scaled-dot-product attention.
 What could not be run (out of memory, say) is told and left out.
 """
 

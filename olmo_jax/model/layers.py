@@ -157,23 +157,20 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD):
         x_BTD = projected(x_BTD)
-        up_BTF = self.up(x_BTD)
-        if self.gate is not None:
-            hidden_BTF = _swiglu(self.gate(x_BTD), up_BTF)
-        else:
-            hidden_BTF = _gelu(up_BTF, self.kind == "gelu_tanh")
-        # A device keeps its part of the width from `up` to `down`.
-        return self.down(constrain(hidden_BTF, "batch", "time", "mlp"))
+        gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        return self._down(self.up(x_BTD), gate_BTF)
 
+    def _down(self, up_BTF, gate_BTF):
+        """From the outputs of `up` and `gate`, which alone are kept for the backward pass: what
+        `down` multiplies is made again there."""
 
-# Made again in the backward pass, too: only the projections' outputs are kept.
+        @jax.checkpoint
+        def down(up_BTF, gate_BTF):
+            if gate_BTF is not None:
+                hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+            else:
+                hidden_BTF = jax.nn.gelu(up_BTF, approximate=self.kind == "gelu_tanh")
+            # A device keeps its part of the width from `up` to `down`.
+            return self.down(constrain(hidden_BTF, "batch", "time", "mlp"))
 
-
-@jax.checkpoint
-def _swiglu(gate_BTF, up_BTF):
-    return jax.nn.silu(gate_BTF) * up_BTF
-
-
-@partial(jax.checkpoint, static_argnums=1)
-def _gelu(up_BTF, approximate: bool):
-    return jax.nn.gelu(up_BTF, approximate=approximate)
+        return down(up_BTF, gate_BTF)

@@ -200,9 +200,12 @@ def _unstacked(weights, size: int) -> list:
 
 
 def kernels_for(
-    config: ModelConfig, device, context: Literal["gathered", "ring"] = "gathered"
+    config: ModelConfig,
+    device,
+    context: Literal["gathered", "ring"] = "gathered",
+    devices: int = 1,
 ) -> Kernels:
-    """The forms of the operations for this model on such a device, which need not be here;
+    """The forms of the operations for this model on so many such devices, which need not be here;
     `context` is the mesh's `context_form`."""
     picked = pick_kernels(
         device.platform,
@@ -210,6 +213,7 @@ def kernels_for(
         head_width=config.head_width,
         alibi=config.position == "alibi",
         compute_dtype=config.compute_dtype,
+        devices=devices,
     )
     return replace(picked, context=context)
 

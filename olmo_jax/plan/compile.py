@@ -112,7 +112,7 @@ def compile_step(run: RunConfig, target: Target, use_cache: bool = True) -> Prog
 def _trainer(run: RunConfig, target: Target) -> tuple[Mesh, Kernels, Any, tuple]:
     """The mesh, the kernels, the trainer, and the shapes that its step takes."""
     mesh = build_mesh(run.mesh, target_devices(target))
-    kernels = kernels_for(run.model, mesh.devices.flat[0], run.mesh.context_form)
+    kernels = kernels_for(run.model, mesh.devices.flat[0], run.mesh.context_form, mesh.size)
     micro = run.train.micro_batch_size
     refuse_misfit(mesh, run.model, run.data.sequence_length, _batch_sizes(run), micro)
     model = abstract_model(run.model, kernels)

@@ -29,12 +29,13 @@ def describe(run: RunConfig) -> str:
     try:
         mesh = build_mesh(run.mesh)
         refuse_misfit(mesh, run.model, T, plan.batch_sizes, run.train.micro_batch_size)
-        device = mesh.devices.flat[0]
+        device, devices = mesh.devices.flat[0], mesh.size
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        where = f"{axes or 'one device'} ({mesh.devices.size} x {device.device_kind})"
+        where = f"{axes or 'one device'} ({devices} x {device.device_kind})"
     except UserError as error:
-        device, where = jax.devices()[0], f"does not fit this machine ({error})"
-    kernels = kernels_for(run.model, device)
+        device, devices = jax.devices()[0], jax.device_count()
+        where = f"does not fit this machine ({error})"
+    kernels = kernels_for(run.model, device, devices=devices)
     blocks = f" ({kernels.splash.q:,} queries at a time)" if kernels.splash else ""
     experts = f", experts {kernels.experts}" if run.model.n_experts else ""
     count = run.model.parameter_count()

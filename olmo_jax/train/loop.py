@@ -134,7 +134,9 @@ class _Loop:
             self.plan.batch_sizes,
             run.train.micro_batch_size,
         )
-        kernels = kernels_for(run.model, self.mesh.devices.flat[0], run.mesh.context_form)
+        kernels = kernels_for(
+            run.model, self.mesh.devices.flat[0], run.mesh.context_form, self.mesh.size
+        )
         self.model: Transformer = abstract_model(run.model, kernels)
         self.trainer = Trainer(
             self.model, run.optimizer, self.mesh, run.train.z_loss, run.train.micro_batch_size

@@ -21,7 +21,7 @@ def step(name: str, target: str, layers: int, T: int = T, forms=None, **axes):
     """The program of a step on packed documents, a row a device, and its temporaries."""
     mesh = mesh_of(target, **axes)
     config = replace(preset(name), n_layers=layers, compute_dtype="bfloat16", remat="full")
-    kernels = kernels_for(config, mesh.devices.flat[0])
+    kernels = kernels_for(config, mesh.devices.flat[0], devices=mesh.size)
     kernels = replace(kernels, **(forms or {}))
     trainer = Trainer(abstract_model(config, kernels), OptimizerConfig(), mesh)
     rows = batch_sharding(mesh).spec
