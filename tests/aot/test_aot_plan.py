@@ -52,9 +52,11 @@ def plan(tmp_path, target, *arguments):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", ["v5e-4", "h100-4"])
-def test_a_tiny_run_on_each_backend(tmp_path, target):
-    o = plan(tmp_path, target, "--batch=4", "--remat=full", f"--html={tmp_path / 'p.html'}")
+@pytest.mark.parametrize(
+    ("target", "remat"), [("v5e-4", "full"), ("h100-4", "full"), ("h100-4", "none")]
+)
+def test_a_tiny_run_on_each_backend(tmp_path, target, remat):
+    o = plan(tmp_path, target, "--batch=4", f"--remat={remat}", f"--html={tmp_path / 'p.html'}")
     weights = o["memory"]["parameters"]
     assert weights == pytest.approx(4 * o["parameters"] / 4, rel=0.01)  # float32 over 4 devices
     assert o["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)

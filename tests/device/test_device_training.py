@@ -103,7 +103,8 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
         command += [f"--gin.Train.run_dir={tmp_path / folder}", *bindings]
         done = subprocess.run(
             command,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=300,

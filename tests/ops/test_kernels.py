@@ -36,6 +36,8 @@ def test_every_gpu_of_the_table_is_fused(kind, form):
     kernels = pick_kernels("gpu", kind)
     assert kernels.attention == form
     assert bool(kernels.notes) == (form == "cudnn_unpacked")
+    assert kernels.layers == "unrolled"
+    assert pick_kernels("gpu", kind, devices=8).layers == "scanned"
 
 
 @pytest.mark.parametrize(

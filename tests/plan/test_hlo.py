@@ -76,6 +76,29 @@ def test_parts_of_a_tuple_by_number():
     assert traffic.memory == 2 * (4 * (4 * 8 + 4 * 2) + 2 * 8 * 2)
 
 
+def test_a_gpus_asynchronous_fusion_writes_only_its_part_of_a_stack():
+    text = """
+%update (s: f32[16,4,8], u: f32[4,8], n: s32[]) -> f32[16,4,8] {
+  %s = f32[16,4,8]{2,1,0} parameter(0)
+  %u = f32[4,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %b = f32[1,4,8]{2,1,0} bitcast(%u)
+  ROOT %d = f32[16,4,8]{2,1,0} dynamic-update-slice(%s, %b, %n, %z, %z)
+}
+
+ENTRY %main (s: f32[16,4,8], u: f32[4,8], n: s32[]) -> f32[16,4,8] {
+  %s = f32[16,4,8]{2,1,0} parameter(0)
+  %u = f32[4,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %f = ((f32[16,4,8]{2,1,0}, f32[4,8]{1,0}, s32[]), f32[16,4,8]{2,1,0}, u32[]) fusion-start(%s, %u, %n), kind=kLoop, calls=%update
+  ROOT %o = f32[16,4,8]{2,1,0} fusion-done(%f)
+}
+"""  # noqa: E501
+    part, index = 4 * 4 * 8, 4
+    assert read_traffic(text, {"fsdp": 1}).memory == part + part + index  # read, written
+
+
 def test_a_loop_of_two_rounds_in_one_runs_half_as_often():
     """Its counter goes from 1 to 9 by 2: four times, as libtpu writes it (no count is noted)."""
     text = """
