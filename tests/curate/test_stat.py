@@ -98,7 +98,11 @@ def test_what_it_says_is_there(big):
     assert [i["count"] for i in copies["most_repeated"]["items"][:3]] == sorted(lines.values())[
         : -3 - 1 : -1
     ]
-    assert found["duplicates"]["documents"]["repeats"] == 7
+    copies = found["duplicates"]["documents"]
+    assert copies["repeats"] == 7  # in another file
+    twice = [text for text, n in Counter(texts).items() if n == 2]
+    told = {item["item"]: item["count"] for item in copies["most_repeated"]["items"]}
+    assert told == {" ".join(text[:160].split()): 2 for text in twice} and len(told) == 7
     grams = Counter()
     for words in map(str.split, texts):
         grams.update(" ".join(words[k : k + 3]) for k in range(len(words) - 2))
