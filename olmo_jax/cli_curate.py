@@ -220,8 +220,9 @@ def data_stat(
     )
     if out:
         write_file(out, page(found, out.stem))
+    console = Console(markup=False, emoji=False)  # cells are text of documents
     for table in terminal_tables(found):
-        Console().print(table)
+        console.print(table)
     if out:
         print(f"{out}; as JSON {out.with_suffix('.json')}")
 

@@ -161,7 +161,7 @@ def memorization(
         "notes": notes,
         **summarise(items),
     }
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a file has no width
         console.width = 200
     for note in notes:

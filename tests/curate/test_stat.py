@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from olmo_jax import cli
 from olmo_jax.curate import findings, frequent, histogram, repeats
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.frequent import Frequent, ngram_counts
@@ -159,6 +160,13 @@ def test_the_page_escapes_and_shows_everything(write_documents):
     assert found["total"]["documents"] == 0 and "Sources" in page(found, "nothing")
     assert "<script>" not in html and "&lt;script&gt;" in html and "a &amp; b" in html
     assert html.count("<rect") >= 2 and "Repeated documents" in html
+
+
+def test_the_terminal_shows_brackets_as_they_are(write_documents, capsys):
+    path = write_documents("a.jsonl", ["[/quote] [red] :smile:"] * 2, source="[b]")
+    assert cli.run(["data", "stat", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "[/quote] [red] :smile:" in shown and "[b]" in shown
 
 
 def test_no_accelerator_library_is_loaded():
