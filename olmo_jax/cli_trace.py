@@ -170,7 +170,7 @@ def _step(
         list(stretches(row, tokens_T, words))
         for row, tokens_T in zip(rows, batch.tokens_BT, strict=True)
     ]
-    agrees = run.agrees(step) if run else None
+    agrees = run.agrees([step])[step] if run else None
     if agrees is False:
         raise UserError(
             f"--step={step}: the tokens there are not those that the run recorded: its token files "

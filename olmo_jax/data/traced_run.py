@@ -5,7 +5,7 @@ Reading only; it imports no jax, so that a run of a pod is looked at on any lapt
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,18 @@ class TracedRun:
             )
         trace.batch_step(step)
 
-    def agrees(self, step: int) -> bool | None:
-        """Whether the instances and tokens of a step are those that the run recorded when it was
-        given them; None where it recorded no tokens."""
-        [recorded] = [json.loads(line) for at, line in self._recorded() if at == step]
-        if "tokens_xxh3" not in recorded:
-            return None
-        batch = self.trace.batch(step, recorded.get("rows"))
-        assert batch.instance_ids_B is not None
-        same_ids = batch.instance_ids_B.tolist() == recorded["instance_ids"]
-        return same_ids and digest(batch.tokens_BT) == recorded["tokens_xxh3"]
+    def agrees(self, steps: Iterable[int]) -> dict[int, bool | None]:
+        """For each step whether its instances and tokens are those that the run recorded when it
+        was given them; None where it recorded none."""
+        found: dict[int, bool | None] = dict.fromkeys(steps)
+        for step, line in self._recorded():
+            if step not in found or "tokens_xxh3" not in (recorded := json.loads(line)):
+                continue
+            batch = self.trace.batch(step, recorded.get("rows"))
+            assert batch.instance_ids_B is not None
+            same_ids = batch.instance_ids_B.tolist() == recorded["instance_ids"]
+            found[step] = same_ids and digest(batch.tokens_BT) == recorded["tokens_xxh3"]
+        return found
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that the run keeps."""
