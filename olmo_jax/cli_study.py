@@ -255,6 +255,7 @@ def _heldout(config: "RunConfig") -> "tuple[DataSet | None, str | None]":
         sources=None,
         weights=None,
         order="sequential",
+        global_indices=(),
     )
     try:
         return open_dataset(data, config.model.vocab_size), None

@@ -78,6 +78,8 @@ def data_trace(
             f"{' and '.join(asked) or 'nothing'} was given: give one of --step, --document and "
             "--text, or --before_checkpoint alone"
         )
+    if limit < 1:
+        raise UserError(f"--limit={limit}: it must be at least 1")
     if (run is None) == (gin_file is None):
         raise UserError("give --run (a run folder) or --gin_file, one of the two")
     if out is not None and (step is None or not out.endswith(".html")):

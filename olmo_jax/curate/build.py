@@ -39,7 +39,7 @@ from olmo_jax.data.fingerprint import contents, fingerprint_files
 from olmo_jax.data.tokenize import tokenize_documents
 from olmo_jax.data.tokenizer import EOS
 from olmo_jax.errors import UserError
-from olmo_jax.files import replacing, write_bytes
+from olmo_jax.files import replacing, write_file
 
 _MODULES = {"olmo-jax": "olmo_jax"}
 TAGS, CONTAMINATION = "tags", "contamination"
@@ -145,7 +145,7 @@ def build(
     facts["versions"] = {"python": platform.python_version()}
     facts["versions"] |= {p: version(p) for p in packages if find_spec(_MODULES.get(p, p))}
     facts["recipe"] = recipe.model_dump(mode="json")
-    write_bytes(out / "card.json", json.dumps(facts, indent=1).encode())
+    write_file(out / "card.json", json.dumps(facts, indent=1))
     write_card(facts, out / "README.md")
     return facts
 
@@ -231,5 +231,5 @@ def _tokenize(recipe: Recipe, out: Path, executor: Executor, quiet: bool) -> dic
             "eos_token_id": done.eos_token_id,
             "fingerprint": fingerprint_files(done.files, with_documents=False),
         }
-        write_bytes(facts_file, json.dumps(facts).encode())
+        write_file(facts_file, json.dumps(facts))
     return json.loads(facts_file.read_bytes())

@@ -5,6 +5,7 @@ Words are runs of letters and digits in small letters, so that punctuation and s
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ class Index(NamedTuple):
 def write_index(config: DecontaminateConfig, out: str, questions: Questions | None = None) -> Index:
     """Writes the index of the n-grams of files and of `questions(config.tasks)`. Raises
     UserError."""
+    if os.path.isdir(out):
+        raise UserError(f"{out}: is a folder; name a file in it for the index, .npz")
     hashes: dict[int, list[np.ndarray]] = {}
     total = too_short = 0
     for texts in _questions(config, questions):

@@ -31,7 +31,7 @@ from olmo_jax.curate.histogram import Histogram
 from olmo_jax.curate.repeats import Runs, compare_part, part_bits
 from olmo_jax.data.tokenizer import load_tokenizer
 from olmo_jax.errors import UserError
-from olmo_jax.files import replacing, write_bytes
+from olmo_jax.files import replacing, write_file
 
 
 def stat(
@@ -56,7 +56,7 @@ def stat(
     if storage.is_remote(out):
         raise UserError(f"{out}: must be a file of this machine, beside which findings are kept")
     found = _stat(paths, out.with_suffix(".parts"), settings, executor, quiet)
-    write_bytes(out, json.dumps(found, indent=1).encode())
+    write_file(out, json.dumps(found, indent=1))
     return found
 
 

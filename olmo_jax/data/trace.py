@@ -256,7 +256,8 @@ class Trace:
                 ids += [d.id for d in file.documents() or []][:_LOOKED_AT]
         near = [i for i in ids if name.lower() in i.lower()][:_NEAR]
         near = near or difflib.get_close_matches(name, ids, n=_NEAR, cutoff=0.5)
-        hint = f"; similar are {', '.join(near)}" if near else f"; the first is {ids[0]}"
+        hint = f"; the first is {ids[0]}" if ids else "; they have no rows"
+        hint = f"; similar are {', '.join(near)}" if near else hint
         return f"--document={name}: no document of {len(known)} token files has this id{hint}"
 
 

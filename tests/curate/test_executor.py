@@ -231,3 +231,5 @@ def test_another_index_of_the_same_name_is_looked_up_again(corpus):
         counts.append(tag(documents, [f"ngram_overlap:{index}"], "c", Executor()))
     assert counts == [120, 0, 120]
     assert "contaminated" in (corpus / "attributes/c/part-0.jsonl").read_text()
+    with pytest.raises(UserError, match=r"is a folder; name a file"):
+        write_index(config, str(corpus), lambda names: questions)

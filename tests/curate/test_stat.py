@@ -169,6 +169,13 @@ def test_the_terminal_shows_brackets_as_they_are(write_documents, capsys):
     assert "[/quote] [red] :smile:" in shown and "[b]" in shown
 
 
+def test_a_page_that_cannot_be_written_is_one_line(write_documents, tmp_path):
+    path = write_documents("a.jsonl", ["word"])
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*x.json"):
+        stat([str(path)], tmp_path / "x.json", Settings(), Executor(), quiet=True)
+
+
 def test_no_accelerator_library_is_loaded():
     program = "import sys, olmo_jax.curate.stat_page, olmo_jax.curate.stat;"
     program += "sys.exit('jax' in sys.modules)"

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from olmo_jax import cli
+from olmo_jax.cli_study import _heldout
 from olmo_jax.data import DataConfig, Document, open_dataset, write_token_file
 from olmo_jax.study import occurrences
 from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, choose
 from olmo_jax.study.reading import Places, Reading
+from olmo_jax.train.config import RunConfig
 
 VOCAB, T, BATCH, STEPS = 300, 128, 4, 80
 PASSAGE = np.random.default_rng(7).permutation(np.arange(1, VOCAB))[: LENGTH + 6]
@@ -258,6 +260,16 @@ def test_nothing_that_was_read_is_taken_for_new_in_a_mixture(tmp_path):
     for place in beginnings:
         before = reading.dataset.row(place.instance).tokens_T[place.offset - 1]
         assert place.offset > 0 and before == 0
+
+
+def test_held_out_text_of_a_run_in_the_originals_own_order(tmp_path):
+    write(tmp_path / "a.npy", 0, documents=40)
+    path = (str(tmp_path / "a.npy"),)
+    data = {"paths": path, "order": "olmo", "global_indices": ("i.npy",), "sequence_length": T}
+    sizes = {"vocab_size": VOCAB, "d_model": 8, "n_layers": 1, "n_heads": 1, "mlp_width": 8}
+    content = {"Model": sizes, "Data": data, "Train": {"heldout": path, "steps": 1}}
+    heldout, note = _heldout(RunConfig.from_json(content))
+    assert len(heldout) > 0 and note is None
 
 
 def test_held_out_text_is_the_control_of_a_model_that_has_read_all(tmp_path):

@@ -246,6 +246,7 @@ def test_mistakes_are_one_line(finished, capsys):
         ("--document=d77",): "no document of 1 token files has this id; similar are",
         ("--text=Zebra",): "'Zebra': is nowhere in the 1 token files",
         ("--step=1", "--text=a"): "give one of --step",
+        ("--step=3", "--limit=0"): "--limit=0: it must be at least 1",
         ("--stp=1",): "did you mean --step?",
         ("--step=1", "--out=a.txt"): "ends in .html",
     }.items():
