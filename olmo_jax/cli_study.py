@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, run_config
+from olmo_jax.cli_shared import (
+    GIN,
+    AllowGinImports,
+    GinFiles,
+    bindings,
+    progress,
+    rebound_config,
+    run_config,
+)
 from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +99,8 @@ def memorization(
     read them. Scores are told by the step that read a sequence and by how often it was read, copies
     elsewhere in the data included (up to 268M tokens read).
 
-    The data are a run's, or those of gin files, with --gin.Data.… for models that others trained.
+    The data are a run's (--gin.Data.paths=… says where they have moved), or those of gin files,
+    with --gin.Data.… for models that others trained.
 
     ```
     olmo-jax study memorization runs/demo --out=runs/demo/memorization.json
@@ -105,18 +114,20 @@ def memorization(
         raise UserError("--documents and --offset are two ways to choose: give one of them")
     if run and gin_file:
         raise UserError("--run and --gin_file both say which data: give one of them")
+    given = bindings(context, context.args)
     if gin_file:
         from olmo_jax.config import load_config
 
-        config = load_config(gin_file, bindings(context, context.args), allow_gin_imports)
+        config = load_config(gin_file, given, allow_gin_imports)
     else:
-        bindings(context, context.args, allowed=False)
         run = run or _as_run(model)
-        config = run_config(run)
+        config = rebound_config(run, given, allow_gin_imports) if given else run_config(run)
     from rich.console import Console
 
     from olmo_jax.convert.load import load
     from olmo_jax.data import open_dataset
+    from olmo_jax.data.trace import Trace
+    from olmo_jax.data.traced_run import TracedRun
     from olmo_jax.study import memorization as study
     from olmo_jax.study import occurrences
     from olmo_jax.study.figures import summarise
@@ -127,10 +138,23 @@ def memorization(
     planned = Plan(config).steps
     trained = _trained(model, step, run, planned, trained_steps)
     tokenizer = _tokenizer(model, run, config)
-    dataset = open_dataset(config.data, config.model.vocab_size)
-    reading = Reading(dataset, trained.steps, config.train.data_from_step)
     notes = list(trained.notes)
-    if trained.fingerprint and trained.fingerprint != dataset.fingerprint:
+    chosen = None if steps is None else _steps(steps, planned)
+    if run is not None:
+        traced = TracedRun(run, data=config.data)
+        trace = traced.trace
+        if chosen:
+            traced.check_own(chosen[0], "--steps")
+        if trace.first:
+            notes.append(
+                f"steps 1 to {trace.first:,} are of {traced.parent()}: what they read is not "
+                "counted as read here."
+            )
+    else:
+        dataset = open_dataset(config.data, config.model.vocab_size)
+        trace = Trace(dataset, planned, data_from_step=config.train.data_from_step)
+    reading = Reading(trace, trained.steps)
+    if trained.fingerprint and trained.fingerprint != trace.dataset.fingerprint:
         notes.append(
             f"{model} was trained on other data than these: “read” is what a model of "
             "these data would have read by its step."
@@ -140,7 +164,7 @@ def memorization(
     places, skipped = study.choose(
         reading,
         heldout,
-        steps=None if steps is None else _steps(steps, planned),
+        steps=chosen,
         limit=limit,
         offset=offset,
         at_documents=documents,

@@ -1,7 +1,6 @@
 """`olmo-jax data trace`: which documents a step read, and which steps read a document or a text."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +11,13 @@ from olmo_jax.cli_shared import (
     GinFiles,
     bindings,
     progress,
+    rebound_config,
 )
 from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from olmo_jax.data.config import DataConfig
     from olmo_jax.data.trace import Trace
     from olmo_jax.data.traced_run import TracedRun
 
@@ -116,9 +115,7 @@ def _open(
     if run is not None:
         from olmo_jax.data.traced_run import TracedRun
 
-        data = None
-        if given:
-            data = _moved(run, given, allow_imports)
+        data = rebound_config(run, given, allow_imports).data if given else None
         traced = TracedRun(run, before_checkpoint, data)
         return traced.trace, traced.tokenizer(), traced
     from olmo_jax.config import load_config
@@ -137,20 +134,6 @@ def _open(
     path = config.train.tokenizer
     words = load_tokenizer(path) if path else None
     return Trace(dataset, steps, data_from_step=config.train.data_from_step), words, None
-
-
-def _moved(run: str, given: list[str], allow_imports: bool) -> "DataConfig":
-    """The run's DataConfig with bindings on top of it."""
-    from olmo_jax.config import load_config
-    from olmo_jax.storage import is_remote, location
-
-    path = location(run) / "config.gin"
-    if not is_remote(path):
-        return load_config([str(path)], given, allow_imports).data
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "config.gin"
-        copy.write_bytes(path.read_bytes())
-        return load_config([str(copy)], given, allow_imports).data
 
 
 def _step(

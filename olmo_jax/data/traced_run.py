@@ -77,14 +77,21 @@ class TracedRun:
                 + (f", {trace.last} before the checkpoint" * (trace.last < self._finished))
                 + "; olmo-jax data inspect shows instances to come"
             )
-        if 0 < step <= trace.first:
-            metadata = _read_json(self.folder / f"checkpoints/step{trace.first}/metadata.json")
-            parent = metadata.get("forked_from", {}).get("run", "the run before")
-            raise UserError(
-                f"--step={step}: {self.folder} begins at step {trace.first + 1}; the ones before "
-                f"it are of {parent}: ask there"
-            )
+        self.check_own(step)
         trace.batch_step(step)
+
+    def check_own(self, step: int, option: str = "--step") -> None:
+        """Raises UserError for a step of the run that this one was forked from."""
+        if 0 < step <= self.trace.first:
+            raise UserError(
+                f"{option}={step}: {self.folder} begins at step {self.trace.first + 1}; the ones "
+                f"before it are of {self.parent()}: ask there"
+            )
+
+    def parent(self) -> str:
+        """The run that the steps up to `trace.first` are of."""
+        metadata = _read_json(self.folder / f"checkpoints/step{self.trace.first}/metadata.json")
+        return metadata.get("forked_from", {}).get("run", "the run before")
 
     def agrees(self, steps: Iterable[int]) -> dict[int, bool | None]:
         """For each step whether its instances and tokens are those that the run recorded when it

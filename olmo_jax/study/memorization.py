@@ -94,7 +94,8 @@ def choose(
     read: Sequence[int] = reading.read
     unread: Sequence[int] = reading.next
     if steps is not None:
-        chosen = [n for s in steps for n in range(reading.first_n(s), reading.first_n(s + 1))]
+        start = reading.trace.start
+        chosen = [n for s in steps for n in range(start(s), start(s + 1))]
         end = reading.read.stop
         read = [n for n in chosen if n < end]
         unread = [n for n in chosen if n >= end] or unread
@@ -157,7 +158,7 @@ def ask(
             prompt, continuation = list(place.tokens[:PROMPT]), list(place.tokens[PROMPT:])
             tokens = generated[place.tokens[:PROMPT]]
             score = float(np.mean(np.equal(tokens, continuation)))
-            step, row = (None, None) if group == "held out" else reading.step_and_row(place.n)
+            step, row = (None, None) if group == "held out" else reading.trace.step_and_row(place.n)
             # Without a count the order tells, as long as no instance came twice.
             known = int(group == "read") if reading.is_first else None
             times = repeats.get(place.tokens, known)

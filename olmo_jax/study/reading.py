@@ -12,6 +12,7 @@ import numpy as np
 
 from olmo_jax.data import DataSet
 from olmo_jax.data.batch import Instance
+from olmo_jax.data.trace import Trace
 from olmo_jax.errors import UserError
 
 
@@ -28,22 +29,21 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """The first `steps` steps of a run on a data set."""
+    """What a model has read of a run's data."""
 
-    dataset: DataSet
+    trace: Trace
     steps: int
-    """How many the model was trained for."""
-    ahead: int = 0
-    """Steps of the data's order that the run leaves out at its beginning (Train.data_from_step)."""
+    """How many the model was trained for; those up to `trace.first` are of another run."""
 
-    def first_n(self, step: int) -> int:
-        """The position in the order at which a step of the run begins to read."""
-        return self.dataset.first_n(step - 1 + self.ahead)
+    @property
+    def dataset(self) -> DataSet:
+        return self.trace.dataset
 
     @property
     def read(self) -> range:
         """The positions in the order that the model has read."""
-        return range(self.first_n(1), self.first_n(self.steps + 1))
+        first = self.trace.first_n
+        return range(first, max(first, self.trace.start(self.steps + 1)))
 
     @property
     def next(self) -> range:
@@ -64,20 +64,9 @@ class Reading:
         lengths = [source.epoch_length for source in self.dataset.sources]
         return [n * period // part for n, part in zip(lengths, parts, strict=True)]
 
-    def step_and_row(self, n: int) -> tuple[int, int]:
-        """The step of the run that reads position n, and the row of its batch."""
-        step = self.dataset.step_of(n)
-        return step + 1 - self.ahead, n - self.dataset.first_n(step)
-
     def is_new(self, n: int) -> bool:
         """Whether no earlier position has the same instance."""
-        return epoch(self.dataset, n) == 0
-
-
-def epoch(dataset: DataSet, n: int) -> int:
-    """How often the source of position n has been gone through before it."""
-    k, j = dataset.mixture(n) if dataset.mixture else (0, n)
-    return j // dataset.sources[k].epoch_length
+        return self.trace.epoch(n) == 1
 
 
 def evenly(of: Sequence, most: int) -> list:
