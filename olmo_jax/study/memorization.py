@@ -206,8 +206,10 @@ def _documents(dataset: DataSet | None, places: Sequence[Place]) -> list[list[st
     for place in sorted(places, key=lambda p: p.instance):  # file by file
         first, ids = place.offset, []
         for stretch in dataset.where(place.instance):
-            start, end = stretch.start + first, stretch.start + first + LENGTH
-            ids += [d.id for d in stretch.documents if d.start < end and d.end > start]
+            start = max(stretch.start + first, stretch.start)
+            end = min(stretch.start + first + LENGTH, stretch.end)
+            if start < end:
+                ids += [d.id for d in stretch.documents if d.start < end and d.end > start]
             first -= stretch.end - stretch.start
         found[place] = ids or None
     return [found[place] for place in places]

@@ -11,8 +11,8 @@ from olmo_jax.cli_study import _heldout
 from olmo_jax.data import DataConfig, Document, open_dataset, write_token_file
 from olmo_jax.data.trace import Trace
 from olmo_jax.study import occurrences
-from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, choose
-from olmo_jax.study.reading import Places, Reading
+from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, _documents, choose
+from olmo_jax.study.reading import Place, Places, Reading
 from olmo_jax.train.config import RunConfig
 
 VOCAB, T, BATCH, STEPS = 300, 128, 4, 80
@@ -302,6 +302,31 @@ def test_nothing_that_was_read_is_taken_for_new_in_a_mixture(tmp_path):
     for place in beginnings:
         before = reading.dataset.row(place.instance).tokens_T[place.offset - 1]
         assert place.offset > 0 and before == 0
+
+
+def test_the_documents_of_a_sequence_are_those_of_its_own_tokens(tmp_path):
+    """In instances that are packed with ends of long documents, too."""
+    lengths = np.random.default_rng(0).integers(5, 300, 60)
+    ends = np.cumsum(lengths).tolist()
+    tokens = np.repeat(np.arange(1, 61), lengths)  # each tells which document it is of
+    rows = [
+        Document(b - n, b, f"d{k + 1}", "s", 1)
+        for k, (n, b) in enumerate(zip(lengths, ends, strict=True))
+    ]
+    write_token_file(tmp_path / "a.npy", tokens, rows, "uint16")
+    config = DataConfig(
+        paths=(f"{tmp_path}/a.npy",), sequence_length=T, instances="packed", batch_size=1
+    )
+    dataset = open_dataset(config, VOCAB)
+    places = [
+        Place(n, row.instance_id, offset, tuple(row.tokens_T[offset : offset + LENGTH].tolist()))
+        for n in range(len(dataset))
+        for row in [dataset.instance(n)]
+        for offset in range(0, np.count_nonzero(row.segment_ids_T) - LENGTH + 1, 7)
+    ]
+    assert len(places) > 50
+    for place, ids in zip(places, _documents(dataset, places), strict=True):
+        assert ids == [f"d{k}" for k in dict.fromkeys(place.tokens)]
 
 
 def test_held_out_text_of_a_run_in_the_originals_own_order(tmp_path):
