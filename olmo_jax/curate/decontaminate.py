@@ -69,7 +69,7 @@ def write_index(config: DecontaminateConfig, out: str, questions: Questions | No
     for texts in _questions(config, questions):
         is_short = True
         for text in texts:
-            words = _WORD.findall(text.lower())
+            words = _WORD.findall(_lower(text))
             n = min(config.ngram_length, len(words))
             if n >= min(config.min_words, config.ngram_length):
                 hashes.setdefault(n, []).append(_ngram_hashes(words, n))
@@ -111,8 +111,7 @@ class NgramOverlap:
 
     def __call__(self, document: Document) -> Attributes:
         text = document.text
-        # A letter whose small form is longer (U+0130) stays as it is: spans count in the text.
-        lower = text.lower() if len(text.lower()) == len(text) else text
+        lower = _lower(text)
         places = [match.span() for match in _WORD.finditer(lower)]
         words = [lower[start:end] for start, end in places]
         inside = np.zeros(len(words) + 1, np.int64)
@@ -132,6 +131,11 @@ class NgramOverlap:
         share = float(is_inside.mean()) if len(words) else 0.0
         attributes: Attributes = {"contaminated": spans} if spans else {}
         return attributes | {"doc_frac": [(0, len(text), share)]}
+
+
+def _lower(text: str) -> str:
+    """In small letters, as long as it was: spans count in the text."""
+    return text.replace("\u0130", "i").lower()  # the only letter whose small form is two
 
 
 def _texts(value: Any, fields: Sequence[str], wanted: bool) -> Iterator[str]:
