@@ -19,6 +19,7 @@ from olmo_jax.curate.histogram import Histogram
 from olmo_jax.curate.stat import Settings, stat
 from olmo_jax.curate.stat_page import page
 from olmo_jax.curate.tag import tag
+from olmo_jax.data.tokenizer import train_tokenizer
 from olmo_jax.errors import UserError
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=30), min_size=1, max_size=8)
@@ -149,6 +150,17 @@ def test_interruptions_change_nothing(big, tmp_path, small):
     assert len(before) == 5 and len(kept) == 5  # what was done is not done again
     with pytest.raises(UserError, match="was made with another attributes"):
         stat(documents, tmp_path / "two.json", Settings(), Executor())
+
+
+def test_tokens_are_those_of_the_tokenizer_as_it_is_now(write_documents, tmp_path):
+    path = str(write_documents("a.jsonl", ["one two three " * 20]))
+    counts = []
+    for size in (258, 300):
+        train_tokenizer([path], tmp_path / "tokenizer.json", size)
+        settings = Settings(tokenizer=str(tmp_path))
+        found = stat([path], tmp_path / "x.json", settings, Executor(), quiet=True)
+        counts.append(found["total"]["tokens"])
+    assert counts[0] == len("one two three " * 20) > counts[1]
 
 
 def test_the_page_escapes_and_shows_everything(write_documents):
