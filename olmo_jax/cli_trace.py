@@ -205,7 +205,9 @@ def _text(trace: "Trace", text: str, words: "Tokenizer", limit: int, as_json: bo
     index = TextIndex(opened, TokenText(words, dataset.vocab_size), dataset.index_dir)
     with progress("indexing", "tokens") as advance:
         index.build(advance)
-    hits = list(index.find(text, _MOST_PLACES))
+    hits = list(index.find(text, _MOST_PLACES + 1))
+    complete = len(hits) <= _MOST_PLACES
+    hits = hits[:_MOST_PLACES]
     found = trace.stretches([(*files[hit.file], hit.start, hit.end) for hit in hits])
     by_step = sorted(
         zip(found, hits, strict=True), key=lambda pair: pair[0].steps[:1] or [trace.last + 1]
@@ -216,13 +218,14 @@ def _text(trace: "Trace", text: str, words: "Tokenizer", limit: int, as_json: bo
             "line ends count"
         )
     if as_json:
-        _print_json({"text": text, "found": [found_json(one) for one in found]})
+        content = [found_json(one) for one in found]
+        _print_json({"text": text, "complete": complete, "found": content})
         return
-    full = " (and there may be more)" if len(hits) == _MOST_PLACES else ""
+    full = "" if complete else " at least, and the steps are of these places alone"
     documents = len({(d.id, d.src, d.loc) for one in found for d in one.documents})
     in_documents = f", in {documents:,} document{'s' * (documents != 1)}" if documents else ""
     _print(
-        f"{text!r} is there {times(len(found))}{full}{in_documents}; "
+        f"{text!r} is there {times(len(found))}{in_documents}{full}; "
         f"in steps {trace.first + 1:,} to {trace.last:,} read {in_steps(found)}",
         "",
     )

@@ -146,7 +146,9 @@ def test_a_text_gives_the_steps_that_read_it(finished, tmp_path, monkeypatch):
     texts = [[tokenizer.decode(row.tolist()) for row in batch] for batch in given]
     word = "petty pace"
     having = {s for s, rows in enumerate(texts, 1) if any(word in row for row in rows)}
-    found = json.loads(trace(run, f"--text={word}", "--json"))["found"]
+    content = json.loads(trace(run, f"--text={word}", "--json"))
+    found = content["found"]
+    assert content["complete"]
     whole = {
         sighting["step"]
         for one in found
@@ -159,6 +161,13 @@ def test_a_text_gives_the_steps_that_read_it(finished, tmp_path, monkeypatch):
     assert word in place
     assert sum(line.startswith("read in step") for line in listing) == 1
     assert listing[-1] == f"… and {len(found) - 1:,} more places (--limit)"
+    monkeypatch.setattr("olmo_jax.cli_trace._MOST_PLACES", len(found))
+    assert json.loads(trace(run, f"--text={word}", "--json")) == content
+    monkeypatch.setattr("olmo_jax.cli_trace._MOST_PLACES", len(found) - 1)
+    cut = json.loads(trace(run, f"--text={word}", "--json"))
+    assert not cut["complete"] and len(cut["found"]) == len(found) - 1
+    heading = trace(run, f"--text={word}").splitlines()[0]
+    assert "at least, and the steps are of these places alone;" in heading
 
 
 def test_what_a_checkpoint_had_seen_and_the_page(finished, tmp_path):
