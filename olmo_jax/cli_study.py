@@ -144,7 +144,7 @@ def memorization(
         traced = TracedRun(run, data=config.data)
         trace = traced.trace
         if chosen:
-            traced.check_own(chosen[0], "--steps")
+            traced.check_own(chosen[0].start, "--steps")
         if trace.first:
             notes.append(
                 f"steps 1 to {trace.first:,} are of {traced.parent()}: what they read is not "
@@ -287,9 +287,9 @@ def _heldout(config: "RunConfig") -> "tuple[DataSet | None, str | None]":
         return None, f"no held-out text: {error}"
 
 
-def _steps(text: str, planned: int) -> list[int]:
-    """5,100:102 as [5, 100, 101, 102]."""
-    steps: set[int] = set()
+def _steps(text: str, planned: int) -> list[range]:
+    """5,100:102 as ranges of steps, in their order and without a step that is in two."""
+    found: list[range] = []
     for part in text.split(","):
         first, _, last = part.partition(":")
         last = last or first
@@ -297,5 +297,10 @@ def _steps(text: str, planned: int) -> list[int]:
             raise UserError(f"--steps={text}: give steps as 5, or 100:199, or several with commas")
         if not 1 <= int(first) <= int(last) <= planned:
             raise UserError(f"--steps={text}: the run has steps 1 to {planned:,}")
-        steps |= set(range(int(first), int(last) + 1))
-    return sorted(steps)
+        found.append(range(int(first), int(last) + 1))
+    found.sort(key=lambda some: some.start)
+    end = 0
+    for i, some in enumerate(found):
+        found[i] = range(max(some.start, end), max(some.stop, end))
+        end = found[i].stop
+    return [some for some in found if some]

@@ -3,9 +3,10 @@
 Steps are counted as in metrics.jsonl: the first is 1, and a checkpoint of step S has read 1 to S.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,23 @@ class Reading:
     def is_new(self, n: int) -> bool:
         """Whether no earlier position has the same instance."""
         return self.trace.epoch(n) == 1
+
+
+class Ranges(Sequence[int]):
+    """Ranges one after the other, of which none is listed: of many steps they are long."""
+
+    def __init__(self, ranges: Iterable[range]):
+        self._ranges = [some for some in ranges if some]
+        self._ends = list(accumulate(map(len, self._ranges)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        k = bisect_right(self._ends, i)
+        return self._ranges[k][i - self._ends[k]]  # counted from its end
 
 
 def evenly(of: Sequence, most: int) -> list:

@@ -1,18 +1,21 @@
 """Memorisation: what is asked is what was read, repeats are all found, a planted passage shows."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from olmo_jax import cli
-from olmo_jax.cli_study import _heldout
+from olmo_jax.cli_study import _heldout, _steps
 from olmo_jax.data import DataConfig, Document, open_dataset, write_token_file
 from olmo_jax.data.trace import Trace
 from olmo_jax.study import occurrences
 from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, _documents, choose
-from olmo_jax.study.reading import Place, Places, Reading
+from olmo_jax.study.reading import Place, Places, Ranges, Reading, evenly
 from olmo_jax.train.config import RunConfig
 
 VOCAB, T, BATCH, STEPS = 300, 128, 4, 80
@@ -182,6 +185,27 @@ def test_a_fork_has_read_what_it_read_itself(runs, capsys):
     assert "--steps=80:" in (error := capsys.readouterr().err) and "begins at step 81" in error
 
 
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=6))
+def test_steps_are_kept_as_ranges(parts):
+    text = ",".join(f"{first}:{first + more}" if more else f"{first}" for first, more in parts)
+    steps = sorted({step for first, more in parts for step in range(first, first + more + 1)})
+    joined = Ranges(_steps(text, 50))
+    assert list(joined) == steps and [joined[i] for i in range(len(joined))] == steps
+    assert evenly(joined, 7) == evenly(steps, 7)
+
+
+def test_steps_of_a_whole_long_run_take_no_memory(tmp_path):
+    """Pythia's, with as many instances as can be chosen from."""
+    write(tmp_path / "a.npy", 0, documents=40)
+    config = DataConfig(paths=(f"{tmp_path}/a.npy",), sequence_length=T, batch_size=1024)
+    reading = Reading(Trace(open_dataset(config, VOCAB), 143_000), steps=143_000)
+    tracemalloc.start()
+    found, _ = choose(reading, steps=_steps("1:143000", 143_000), limit=10)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert [reading.trace.step_and_row(p.n)[0] for p in found["read"]][::9] == [1, 143_000]
+
+
 def test_only_what_a_run_read_itself_is_read(tmp_path):
     write(tmp_path / "a.npy", 0, documents=40)
     config = DataConfig(paths=(f"{tmp_path}/a.npy",), sequence_length=T, batch_size=2)
@@ -296,7 +320,7 @@ def test_nothing_that_was_read_is_taken_for_new_in_a_mixture(tmp_path):
     assert {place.instance for place in found["read"]} <= read
     assert found["next"] and not {place.instance for place in found["next"]} & read
     assert skipped and all(0 not in p.tokens[:-1] for p in found["read"] + found["next"])
-    chosen, _ = choose(reading, steps=[2, 11], limit=60)
+    chosen, _ = choose(reading, steps=[range(2, 3), range(11, 12)], limit=60)
     assert {reading.trace.step_and_row(p.n)[0] for p in chosen["read"] + chosen["next"]} == {2, 11}
     beginnings = Places(LENGTH, at_documents=True).of(reading.dataset, reading.read)
     for place in beginnings:
