@@ -154,6 +154,7 @@ def data_decontaminate(
     from olmo_jax.curate.config import parse_config
     from olmo_jax.curate.decontaminate import DecontaminateConfig, write_index
     from olmo_jax.curate.tag import tag
+    from olmo_jax.storage import is_remote
 
     content = {
         "against": against or [],
@@ -163,7 +164,7 @@ def data_decontaminate(
     }
     config = parse_config(content, DecontaminateConfig, "decontaminate")
     made = write_index(config, index, _questions)
-    spec = f"ngram_overlap:{os.path.abspath(index)}"
+    spec = f"ngram_overlap:{index if is_remote(index) else os.path.abspath(index)}"
     done = tag(documents, [spec], experiment, make_executor(executor, workers, retries))
     print(
         f"{done:,} documents looked through for {made.ngrams:,} n-grams of {made.questions:,} "
@@ -220,8 +221,9 @@ def data_stat(
     )
     if out:
         write_file(out, page(found, out.stem))
+    console = Console(markup=False, emoji=False)  # cells are text of documents
     for table in terminal_tables(found):
-        Console().print(table)
+        console.print(table)
     if out:
         print(f"{out}; as JSON {out.with_suffix('.json')}")
 

@@ -131,4 +131,5 @@ def data_inspect(
     if not tokenizer and not own:
         raise UserError("Train.tokenizer is not given: give it, or --tokenizer=tokenizer.json")
     dataset = open_dataset(config.data, config.model.vocab_size)
-    print(describe_instance(dataset, int(n), tokenizer or own))
+    ahead = config.train.data_from_step
+    print(describe_instance(dataset, int(n), tokenizer or own, ahead))

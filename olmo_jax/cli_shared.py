@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,20 @@ def run_config(run: str) -> "RunConfig":
         return RunConfig.from_json(saved)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def rebound_config(run: str, given: list[str], allow_imports: bool) -> "RunConfig":
+    """The same with bindings on top of it, such as where its token files have moved."""
+    from olmo_jax.config import load_config
+    from olmo_jax.storage import is_remote, location
+
+    path = location(run) / "config.gin"
+    if not is_remote(path):
+        return load_config([str(path)], given, allow_imports)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "config.gin"
+        copy.write_bytes(path.read_bytes())
+        return load_config([str(copy)], given, allow_imports)
 
 
 def read_json(path: Path) -> dict:

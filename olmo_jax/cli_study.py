@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from typer import Argument, Context, Option
 
-from olmo_jax.cli_shared import GIN, AllowGinImports, GinFiles, bindings, progress, run_config
+from olmo_jax.cli_shared import (
+    GIN,
+    AllowGinImports,
+    GinFiles,
+    bindings,
+    progress,
+    rebound_config,
+    run_config,
+)
 from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +99,8 @@ def memorization(
     read them. Scores are told by the step that read a sequence and by how often it was read, copies
     elsewhere in the data included (up to 268M tokens read).
 
-    The data are a run's, or those of gin files, with --gin.Data.… for models that others trained.
+    The data are a run's (--gin.Data.paths=… says where they have moved), or those of gin files,
+    with --gin.Data.… for models that others trained.
 
     ```
     olmo-jax study memorization runs/demo --out=runs/demo/memorization.json
@@ -105,18 +114,20 @@ def memorization(
         raise UserError("--documents and --offset are two ways to choose: give one of them")
     if run and gin_file:
         raise UserError("--run and --gin_file both say which data: give one of them")
+    given = bindings(context, context.args)
     if gin_file:
         from olmo_jax.config import load_config
 
-        config = load_config(gin_file, bindings(context, context.args), allow_gin_imports)
+        config = load_config(gin_file, given, allow_gin_imports)
     else:
-        bindings(context, context.args, allowed=False)
         run = run or _as_run(model)
-        config = run_config(run)
+        config = rebound_config(run, given, allow_gin_imports) if given else run_config(run)
     from rich.console import Console
 
     from olmo_jax.convert.load import load
     from olmo_jax.data import open_dataset
+    from olmo_jax.data.trace import Trace
+    from olmo_jax.data.traced_run import TracedRun
     from olmo_jax.study import memorization as study
     from olmo_jax.study import occurrences
     from olmo_jax.study.figures import summarise
@@ -127,10 +138,23 @@ def memorization(
     planned = Plan(config).steps
     trained = _trained(model, step, run, planned, trained_steps)
     tokenizer = _tokenizer(model, run, config)
-    dataset = open_dataset(config.data, config.model.vocab_size)
-    reading = Reading(dataset, trained.steps, config.train.data_from_step)
     notes = list(trained.notes)
-    if trained.fingerprint and trained.fingerprint != dataset.fingerprint:
+    chosen = None if steps is None else _steps(steps, planned)
+    if run is not None:
+        traced = TracedRun(run, data=config.data)
+        trace = traced.trace
+        if chosen:
+            traced.check_own(chosen[0].start, "--steps")
+        if trace.first:
+            notes.append(
+                f"steps 1 to {trace.first:,} are of {traced.parent()}: what they read is not "
+                "counted as read here."
+            )
+    else:
+        dataset = open_dataset(config.data, config.model.vocab_size)
+        trace = Trace(dataset, planned, data_from_step=config.train.data_from_step)
+    reading = Reading(trace, trained.steps)
+    if trained.fingerprint and trained.fingerprint != trace.dataset.fingerprint:
         notes.append(
             f"{model} was trained on other data than these: “read” is what a model of "
             "these data would have read by its step."
@@ -140,7 +164,7 @@ def memorization(
     places, skipped = study.choose(
         reading,
         heldout,
-        steps=None if steps is None else _steps(steps, planned),
+        steps=chosen,
         limit=limit,
         offset=offset,
         at_documents=documents,
@@ -161,7 +185,7 @@ def memorization(
         "notes": notes,
         **summarise(items),
     }
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a file has no width
         console.width = 200
     for note in notes:
@@ -255,6 +279,7 @@ def _heldout(config: "RunConfig") -> "tuple[DataSet | None, str | None]":
         sources=None,
         weights=None,
         order="sequential",
+        global_indices=(),
     )
     try:
         return open_dataset(data, config.model.vocab_size), None
@@ -262,9 +287,9 @@ def _heldout(config: "RunConfig") -> "tuple[DataSet | None, str | None]":
         return None, f"no held-out text: {error}"
 
 
-def _steps(text: str, planned: int) -> list[int]:
-    """5,100:102 as [5, 100, 101, 102]."""
-    steps: set[int] = set()
+def _steps(text: str, planned: int) -> list[range]:
+    """5,100:102 as ranges of steps, in their order and without a step that is in two."""
+    found: list[range] = []
     for part in text.split(","):
         first, _, last = part.partition(":")
         last = last or first
@@ -272,5 +297,10 @@ def _steps(text: str, planned: int) -> list[int]:
             raise UserError(f"--steps={text}: give steps as 5, or 100:199, or several with commas")
         if not 1 <= int(first) <= int(last) <= planned:
             raise UserError(f"--steps={text}: the run has steps 1 to {planned:,}")
-        steps |= set(range(int(first), int(last) + 1))
-    return sorted(steps)
+        found.append(range(int(first), int(last) + 1))
+    found.sort(key=lambda some: some.start)
+    end = 0
+    for i, some in enumerate(found):
+        found[i] = range(max(some.start, end), max(some.stop, end))
+        end = found[i].stop
+    return [some for some in found if some]

@@ -1,7 +1,6 @@
 """`olmo-jax data trace`: which documents a step read, and which steps read a document or a text."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +11,13 @@ from olmo_jax.cli_shared import (
     GinFiles,
     bindings,
     progress,
+    rebound_config,
 )
 from olmo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from olmo_jax.data.config import DataConfig
     from olmo_jax.data.trace import Trace
     from olmo_jax.data.traced_run import TracedRun
 
@@ -78,6 +77,8 @@ def data_trace(
             f"{' and '.join(asked) or 'nothing'} was given: give one of --step, --document and "
             "--text, or --before_checkpoint alone"
         )
+    if limit < 1:
+        raise UserError(f"--limit={limit}: it must be at least 1")
     if (run is None) == (gin_file is None):
         raise UserError("give --run (a run folder) or --gin_file, one of the two")
     if out is not None and (step is None or not out.endswith(".html")):
@@ -114,9 +115,7 @@ def _open(
     if run is not None:
         from olmo_jax.data.traced_run import TracedRun
 
-        data = None
-        if given:
-            data = _moved(run, given, allow_imports)
+        data = rebound_config(run, given, allow_imports).data if given else None
         traced = TracedRun(run, before_checkpoint, data)
         return traced.trace, traced.tokenizer(), traced
     from olmo_jax.config import load_config
@@ -135,20 +134,6 @@ def _open(
     path = config.train.tokenizer
     words = load_tokenizer(path) if path else None
     return Trace(dataset, steps, data_from_step=config.train.data_from_step), words, None
-
-
-def _moved(run: str, given: list[str], allow_imports: bool) -> "DataConfig":
-    """The run's DataConfig with bindings on top of it."""
-    from olmo_jax.config import load_config
-    from olmo_jax.storage import is_remote, location
-
-    path = location(run) / "config.gin"
-    if not is_remote(path):
-        return load_config([str(path)], given, allow_imports).data
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "config.gin"
-        copy.write_bytes(path.read_bytes())
-        return load_config([str(copy)], given, allow_imports).data
 
 
 def _step(
@@ -170,7 +155,7 @@ def _step(
         list(stretches(row, tokens_T, words))
         for row, tokens_T in zip(rows, batch.tokens_BT, strict=True)
     ]
-    agrees = run.agrees(step) if run else None
+    agrees = run.agrees([step])[step] if run else None
     if agrees is False:
         raise UserError(
             f"--step={step}: the tokens there are not those that the run recorded: its token files "
@@ -220,7 +205,9 @@ def _text(trace: "Trace", text: str, words: "Tokenizer", limit: int, as_json: bo
     index = TextIndex(opened, TokenText(words, dataset.vocab_size), dataset.index_dir)
     with progress("indexing", "tokens") as advance:
         index.build(advance)
-    hits = list(index.find(text, _MOST_PLACES))
+    hits = list(index.find(text, _MOST_PLACES + 1))
+    complete = len(hits) <= _MOST_PLACES
+    hits = hits[:_MOST_PLACES]
     found = trace.stretches([(*files[hit.file], hit.start, hit.end) for hit in hits])
     by_step = sorted(
         zip(found, hits, strict=True), key=lambda pair: pair[0].steps[:1] or [trace.last + 1]
@@ -231,13 +218,14 @@ def _text(trace: "Trace", text: str, words: "Tokenizer", limit: int, as_json: bo
             "line ends count"
         )
     if as_json:
-        _print_json({"text": text, "found": [found_json(one) for one in found]})
+        content = [found_json(one) for one in found]
+        _print_json({"text": text, "complete": complete, "found": content})
         return
-    full = " (and there may be more)" if len(hits) == _MOST_PLACES else ""
+    full = "" if complete else " at least, and the steps are of these places alone"
     documents = len({(d.id, d.src, d.loc) for one in found for d in one.documents})
     in_documents = f", in {documents:,} document{'s' * (documents != 1)}" if documents else ""
     _print(
-        f"{text!r} is there {times(len(found))}{full}{in_documents}; "
+        f"{text!r} is there {times(len(found))}{in_documents}{full}; "
         f"in steps {trace.first + 1:,} to {trace.last:,} read {in_steps(found)}",
         "",
     )

@@ -227,6 +227,12 @@ def test_inspect_reads_documents_back_from_a_configuration_and_from_a_run(tokens
     assert cli.run(["data", "inspect", str(folder), "0"]) == 0
     assert capfd.readouterr().out == out
 
+    # Steps of a run count from where it begins in the data's order.
+    ahead = [*tokens, "--gin.Train.data_from_step=2"]
+    for n, when in {8 * 2: "step 1 (from 1)", 8 * 3 + 7: "step 2", 0: "before the run's"}.items():
+        assert cli.run(["data", "inspect", *ahead, str(n)]) == 0
+        assert f"(from 0), {when}" in capfd.readouterr().out
+
 
 def test_samples_that_do_not_fit_the_context_are_refused_before_training(tokens, tmp_path, capsys):
     capsys.readouterr()

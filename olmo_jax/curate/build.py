@@ -37,9 +37,9 @@ from olmo_jax.curate.names import Known, of_taggers
 from olmo_jax.curate.tag import tag
 from olmo_jax.data.fingerprint import contents, fingerprint_files
 from olmo_jax.data.tokenize import tokenize_documents
-from olmo_jax.data.tokenizer import EOS
+from olmo_jax.data.tokenizer import EOS, tokenizer_file
 from olmo_jax.errors import UserError
-from olmo_jax.files import replacing, write_bytes
+from olmo_jax.files import replacing, write_file
 
 _MODULES = {"olmo-jax": "olmo_jax"}
 TAGS, CONTAMINATION = "tags", "contamination"
@@ -134,8 +134,7 @@ def build(
         steps.append({"step": "dedupe", "name": step.name, **dedupe(config, executor, quiet)})
     if recipe.decontaminate:
         index = out / "evaluation_ngrams.npz"
-        if not index.exists():
-            write_index(recipe.decontaminate, str(index), questions)
+        write_index(recipe.decontaminate, str(index), questions)
         tag(everything, [f"ngram_overlap:{index}"], CONTAMINATION, executor, quiet)
         sets = [*recipe.decontaminate.against, *recipe.decontaminate.tasks]
         steps.append({"step": "decontaminate", "sets": sets})
@@ -145,7 +144,7 @@ def build(
     facts["versions"] = {"python": platform.python_version()}
     facts["versions"] |= {p: version(p) for p in packages if find_spec(_MODULES.get(p, p))}
     facts["recipe"] = recipe.model_dump(mode="json")
-    write_bytes(out / "card.json", json.dumps(facts, indent=1).encode())
+    write_file(out / "card.json", json.dumps(facts, indent=1))
     write_card(facts, out / "README.md")
     return facts
 
@@ -208,7 +207,9 @@ def _tokenize(recipe: Recipe, out: Path, executor: Executor, quiet: bool) -> dic
     folder, step = out / "tokens", recipe.tokenize
     facts_file = out / "tokens.json"
     inputs = sorted(str(path) for path in (out / "mixed").glob("*.jsonl.gz"))
-    newest = max(map(os.path.getmtime, inputs))
+    tokenizer = tokenizer_file(step.tokenizer)
+    sources = [*inputs] if storage.has_protocol(tokenizer) else [*inputs, tokenizer]
+    newest = max(map(os.path.getmtime, filter(os.path.exists, sources)))
     if folder.exists() and not (facts_file.exists() and newest <= os.path.getmtime(facts_file)):
         shutil.rmtree(folder)
     if not folder.exists():
@@ -231,5 +232,5 @@ def _tokenize(recipe: Recipe, out: Path, executor: Executor, quiet: bool) -> dic
             "eos_token_id": done.eos_token_id,
             "fingerprint": fingerprint_files(done.files, with_documents=False),
         }
-        write_bytes(facts_file, json.dumps(facts).encode())
+        write_file(facts_file, json.dumps(facts))
     return json.loads(facts_file.read_bytes())

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from olmo_jax.files import write_bytes
+from olmo_jax.files import write_file
 from olmo_jax.numerals import size_text
 
 
@@ -52,4 +52,4 @@ def write_card(facts: dict[str, Any], path: Path) -> None:
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(facts["recipe"], sort_keys=False)]
     lines += ["```", "", "## Versions", ""]
     lines += [f"- {name} {number}" for name, number in facts["versions"].items()]
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    write_file(path, "\n".join(lines) + "\n")

@@ -5,6 +5,7 @@ Words are runs of letters and digits in small letters, so that punctuation and s
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -61,12 +62,14 @@ class Index(NamedTuple):
 def write_index(config: DecontaminateConfig, out: str, questions: Questions | None = None) -> Index:
     """Writes the index of the n-grams of files and of `questions(config.tasks)`. Raises
     UserError."""
+    if os.path.isdir(out):
+        raise UserError(f"{out}: is a folder; name a file in it for the index, .npz")
     hashes: dict[int, list[np.ndarray]] = {}
     total = too_short = 0
     for texts in _questions(config, questions):
         is_short = True
         for text in texts:
-            words = _WORD.findall(text.lower())
+            words = _WORD.findall(_lower(text))
             n = min(config.ngram_length, len(words))
             if n >= min(config.min_words, config.ngram_length):
                 hashes.setdefault(n, []).append(_ngram_hashes(words, n))
@@ -108,8 +111,7 @@ class NgramOverlap:
 
     def __call__(self, document: Document) -> Attributes:
         text = document.text
-        # A letter whose small form is longer (U+0130) stays as it is: spans count in the text.
-        lower = text.lower() if len(text.lower()) == len(text) else text
+        lower = _lower(text)
         places = [match.span() for match in _WORD.finditer(lower)]
         words = [lower[start:end] for start, end in places]
         inside = np.zeros(len(words) + 1, np.int64)
@@ -129,6 +131,11 @@ class NgramOverlap:
         share = float(is_inside.mean()) if len(words) else 0.0
         attributes: Attributes = {"contaminated": spans} if spans else {}
         return attributes | {"doc_frac": [(0, len(text), share)]}
+
+
+def _lower(text: str) -> str:
+    """In small letters, as long as it was: spans count in the text."""
+    return text.replace("\u0130", "i").lower()  # the only letter whose small form is two
 
 
 def _texts(value: Any, fields: Sequence[str], wanted: bool) -> Iterator[str]:

@@ -78,7 +78,8 @@ def dedupe_files(
     run_shards(hashing, executor, "hashing", quiet)
     marks = [key.replace(".npz", ".marks.npy") for key in keys]
     if not _is_decided(keys, marks, config):
-        decide(paths, keys, marks, clusters_path(outs, settings), settings, config.bloom_filter)
+        clusters, before = clusters_path(outs, settings), os.path.join(work, "filter_before")
+        decide(paths, keys, marks, clusters, settings, config.bloom_filter, before)
     marking = [
         Shard(path, out, write_marks, (path, key, mark, out, settings), size, (path, mark))
         for path, key, mark, out, size in zip(paths, keys, marks, outs, sizes, strict=True)

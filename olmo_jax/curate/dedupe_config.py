@@ -75,7 +75,8 @@ class BloomConfig(Config):
     """The Bloom filter's size, from the number of items and the rate of false positives."""
 
     file: str | None = None
-    """Kept there afterwards; read first when it is there, so that later data are compared, too."""
+    """Kept there afterwards; read first when it is there, so that later data are compared, too.
+    The same documents again are compared with what it held before them."""
     read_only: bool = False
     estimated_doc_count: int = Field(default=1_000_000, gt=0)
     desired_false_positive_rate: float = Field(default=1e-5, gt=0, lt=1)

@@ -7,6 +7,7 @@ files and writing attributes is `dedupe`'s.
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -51,9 +52,12 @@ def decide(
     clusters: str,
     settings: DedupeConfig,
     bloom: BloomConfig,
+    before: str,
 ) -> None:
     """Writes a score for each unit of each file: -1 for what is not marked; for MinHash also the
-    file `clusters`. Raises UserError."""
+    file `clusters`. `before` keeps the Bloom filter as it was before the first pass over these
+    files: a later pass starts from it, since the filter itself knows all of them by then. Raises
+    UserError."""
     if settings.method == "minhash":
         files = [load_keys(key) for key in keys]
         signature_UP = np.concatenate([f.hashes_I2 for f in files])
@@ -64,14 +68,24 @@ def decide(
         for mark, part_U in zip(marks, np.split(score_U, ends[:-1]), strict=True):
             _write_mark(mark, part_U)
         return
-    filter_ = _open_bloom(bloom) if settings.method == "bloom" else None
+    filter_ = _open_bloom(bloom, before) if settings.method == "bloom" else None
     is_known = _exact() if filter_ is None else _in_bloom(filter_, bloom.read_only)
     for key, mark in zip(keys, marks, strict=True):
         _write_mark(mark, _scores(load_keys(key), is_known, settings))
     # After the marks: with it everything here would have been seen before.
     if filter_ is not None and bloom.file and not bloom.read_only:
-        with writing(bloom.file) as file:
-            file.write(filter_.save_bytes())
+        if not os.path.exists(bloom.file):
+            _write(before, b"")
+        elif not os.path.exists(before):
+            _write(before, Path(bloom.file).read_bytes())
+        else:  # what others have added since stays
+            filter_.update(_load_bloom(bloom.file))
+        _write(bloom.file, filter_.save_bytes())
+
+
+def _write(path: str, content: bytes) -> None:
+    with writing(path) as file:
+        file.write(content)
 
 
 def _write_mark(path: str, score_U: np.ndarray) -> None:
@@ -158,19 +172,24 @@ def _in_bloom(bloom: Bloom, read_only: bool) -> _IsKnown:
     return is_known
 
 
-def _open_bloom(config: BloomConfig) -> Bloom:
-    # The items are hashes already: `int` leaves them as they are.
+def _open_bloom(config: BloomConfig, before: str) -> Bloom:
     if config.file and os.path.exists(config.file):
-        try:
-            return Bloom.load(config.file, int)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{config.file}: is no Bloom filter of this program: {e}") from None
-    if config.read_only:
+        path = before if os.path.exists(before) else config.file
+        if os.path.getsize(path) or path == config.file:  # empty: there was none
+            return _load_bloom(path)
+    elif config.read_only:
         raise UserError(f"{config.file}: no such Bloom filter; read_only needs one")
     n, rate = config.estimated_doc_count, config.desired_false_positive_rate
     if config.size_in_bytes:
         rate = math.exp(-config.size_in_bytes * 8 * math.log(2) ** 2 / n)
     return Bloom(n, min(max(rate, 1e-15), 0.5), int)
+
+
+def _load_bloom(path: str) -> Bloom:
+    try:
+        return Bloom.load(path, int)  # the items are hashes already: they stay as they are
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: is no Bloom filter of this program: {e}") from None
 
 
 def near_duplicates(signature_UP: np.ndarray, config: MinHashConfig) -> np.ndarray:

@@ -166,7 +166,7 @@ class Chunk:
         self._texts["paragraphs"] += paragraphs
         self._hashes["paragraphs"] += [xxhash.xxh3_64_intdigest(p.encode()) for p in paragraphs]
         if words:  # empty ones are counted apart
-            self._texts["documents"].append(f"{document.id}: {text[:_SNIPPET]}")
+            self._texts["documents"].append(text[:_SNIPPET])
             self._hashes["documents"].append(xxhash.xxh3_64_intdigest(raw))
         if url := url_of(document):
             self._domains[host(url).removeprefix("www.") or "(no host)"] += 1

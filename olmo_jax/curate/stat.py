@@ -29,9 +29,9 @@ from olmo_jax.curate.executor import Advance, Executor, Shard, claim, run_shards
 from olmo_jax.curate.findings import KINDS, Chunk, Findings, Settings
 from olmo_jax.curate.histogram import Histogram
 from olmo_jax.curate.repeats import Runs, compare_part, part_bits
-from olmo_jax.data.tokenizer import load_tokenizer
+from olmo_jax.data.tokenizer import load_tokenizer, tokenizer_file
 from olmo_jax.errors import UserError
-from olmo_jax.files import replacing, write_bytes
+from olmo_jax.files import replacing, write_file
 
 
 def stat(
@@ -56,7 +56,7 @@ def stat(
     if storage.is_remote(out):
         raise UserError(f"{out}: must be a file of this machine, beside which findings are kept")
     found = _stat(paths, out.with_suffix(".parts"), settings, executor, quiet)
-    write_bytes(out, json.dumps(found, indent=1).encode())
+    write_file(out, json.dumps(found, indent=1))
     return found
 
 
@@ -66,10 +66,11 @@ def _stat(
     claim(str(work), "stat", settings._asdict())
     sizes = storage.map_files(storage.size, paths, paths)
     outs = [str(work / f"{xxhash.xxh3_128_hexdigest(path.encode())}.json.zst") for path in paths]
+    tokenizer = [tokenizer_file(settings.tokenizer)] if settings.tokenizer else []
     shards = []
     for path, out, size in zip(paths, outs, sizes, strict=True):
         made = (attributes_path(path, name) for name in settings.attributes)
-        sources = (path, *made)
+        sources = (path, *made, *tokenizer)
         shards.append(Shard(path, out, stat_file, (path, out, settings), size, sources))
     run_shards(shards, executor, "counting", quiet)
     totals = Findings(settings)

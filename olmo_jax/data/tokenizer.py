@@ -78,13 +78,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer of the `tokenizers` library ({e})") from None
 
 
+def tokenizer_file(path: str | Path) -> str:
+    """The tokenizer.json that is given, or is in the given folder."""
+    path = os.fspath(path)
+    is_folder = not path.endswith(".json") if storage.is_remote(path) else os.path.isdir(path)
+    return f"{path.rstrip('/')}/tokenizer.json" if is_folder else path
+
+
 def read_tokenizer(path: str | Path) -> bytes:
     """The content of a tokenizer.json, given or in the given folder. Raises UserError."""
-    if storage.is_remote(path):
-        is_folder = not os.fspath(path).endswith(".json")
-        path = f"{str(path).rstrip('/')}/tokenizer.json" if is_folder else path
-    elif Path(path).is_dir():
-        path = Path(path) / "tokenizer.json"
+    path = tokenizer_file(path)
     try:
         return storage.read(path)
     except (FileNotFoundError, IsADirectoryError):

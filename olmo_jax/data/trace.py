@@ -78,11 +78,22 @@ class Trace:
 
     def __init__(self, dataset: DataSet, last: int, first: int = 0, data_from_step: int = 0):
         self.dataset, self.first, self.last, self._ahead = dataset, first, last, data_from_step
-        self.first_n, self.last_n = self._first_n(first), self._first_n(last)
+        self.first_n, self.last_n = self.start(first + 1), self.start(last + 1)
         self._cuts_of: dict[tuple[int, int], np.ndarray] = {}
 
-    def _first_n(self, steps_done: int) -> int:
-        return self.dataset.first_n(steps_done + self._ahead)
+    def start(self, step: int) -> int:
+        """The position in the order at which a step begins to read."""
+        return self.dataset.first_n(step - 1 + self._ahead)
+
+    def step_and_row(self, n: int) -> tuple[int, int]:
+        """The step that reads position n of the order, and the row of its batch."""
+        step = self.dataset.step_of(n)
+        return step + 1 - self._ahead, n - self.dataset.first_n(step)
+
+    def epoch(self, n: int) -> int:
+        """How often the source of position n is gone through by then, from 1."""
+        k, j = self.dataset.mixture(n) if self.dataset.mixture else (0, n)
+        return j // self.dataset.sources[k].epoch_length + 1
 
     def batch_step(self, step: int) -> int:
         """A step's number in the data's order, counted from 0. Raises UserError for a step that is
@@ -101,7 +112,7 @@ class Trace:
         for row in range(size) if rows is None else rows:
             instance = self.dataset.instance_id(first + row)
             places = tuple(self.dataset.where(instance))
-            epoch = self._epoch(first + row)
+            epoch = self.epoch(first + row)
             found.append(Row(step, row, first + row, epoch, instance, places))
         return found
 
@@ -141,10 +152,8 @@ class Trace:
                 _, f, first, last = spans[i]
                 a, b = max(start, first), min(end, last)
                 at = a - start + _offset(source, instance, source.files[f], start)
-                step = self.dataset.step_of(n)
-                row = n - self.dataset.first_n(step)
+                step, row = self.step_and_row(n)
                 instance += source.first_id
-                step += 1 - self._ahead
                 sightings[i].append(Sighting(step, row, n, epoch, instance, a, b, at))
         return [
             Found(
@@ -233,10 +242,6 @@ class Trace:
         """How many of the first n instances each source gives."""
         return self.dataset.mixture.counts(n) if self.dataset.mixture else [n]
 
-    def _epoch(self, n: int) -> int:
-        k, j = self.dataset.mixture(n) if self.dataset.mixture else (0, n)
-        return j // self.dataset.sources[k].epoch_length + 1
-
     def _files(self) -> Iterator[tuple[int, int, TokenFile]]:
         for k, source in enumerate(self.dataset.sources):
             for f, file in enumerate(source.files):
@@ -256,7 +261,8 @@ class Trace:
                 ids += [d.id for d in file.documents() or []][:_LOOKED_AT]
         near = [i for i in ids if name.lower() in i.lower()][:_NEAR]
         near = near or difflib.get_close_matches(name, ids, n=_NEAR, cutoff=0.5)
-        hint = f"; similar are {', '.join(near)}" if near else f"; the first is {ids[0]}"
+        hint = f"; the first is {ids[0]}" if ids else "; they have no rows"
+        hint = f"; similar are {', '.join(near)}" if near else hint
         return f"--document={name}: no document of {len(known)} token files has this id{hint}"
 
 

@@ -5,7 +5,7 @@ Reading only; it imports no jax, so that a run of a pod is looked at on any lapt
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +77,34 @@ class TracedRun:
                 + (f", {trace.last} before the checkpoint" * (trace.last < self._finished))
                 + "; olmo-jax data inspect shows instances to come"
             )
-        if 0 < step <= trace.first:
-            metadata = _read_json(self.folder / f"checkpoints/step{trace.first}/metadata.json")
-            parent = metadata.get("forked_from", {}).get("run", "the run before")
-            raise UserError(
-                f"--step={step}: {self.folder} begins at step {trace.first + 1}; the ones before "
-                f"it are of {parent}: ask there"
-            )
+        self.check_own(step)
         trace.batch_step(step)
 
-    def agrees(self, step: int) -> bool | None:
-        """Whether the instances and tokens of a step are those that the run recorded when it was
-        given them; None where it recorded no tokens."""
-        [recorded] = [json.loads(line) for at, line in self._recorded() if at == step]
-        if "tokens_xxh3" not in recorded:
-            return None
-        batch = self.trace.batch(step, recorded.get("rows"))
-        assert batch.instance_ids_B is not None
-        same_ids = batch.instance_ids_B.tolist() == recorded["instance_ids"]
-        return same_ids and digest(batch.tokens_BT) == recorded["tokens_xxh3"]
+    def check_own(self, step: int, option: str = "--step") -> None:
+        """Raises UserError for a step of the run that this one was forked from."""
+        if 0 < step <= self.trace.first:
+            raise UserError(
+                f"{option}={step}: {self.folder} begins at step {self.trace.first + 1}; the ones "
+                f"before it are of {self.parent()}: ask there"
+            )
+
+    def parent(self) -> str:
+        """The run that the steps up to `trace.first` are of."""
+        metadata = _read_json(self.folder / f"checkpoints/step{self.trace.first}/metadata.json")
+        return metadata.get("forked_from", {}).get("run", "the run before")
+
+    def agrees(self, steps: Iterable[int]) -> dict[int, bool | None]:
+        """For each step whether its instances and tokens are those that the run recorded when it
+        was given them; None where it recorded none."""
+        found: dict[int, bool | None] = dict.fromkeys(steps)
+        for step, line in self._recorded():
+            if step not in found or "tokens_xxh3" not in (recorded := json.loads(line)):
+                continue
+            batch = self.trace.batch(step, recorded.get("rows"))
+            assert batch.instance_ids_B is not None
+            same_ids = batch.instance_ids_B.tolist() == recorded["instance_ids"]
+            found[step] = same_ids and digest(batch.tokens_BT) == recorded["tokens_xxh3"]
+        return found
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that the run keeps."""

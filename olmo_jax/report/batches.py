@@ -28,15 +28,17 @@ def write_batches(run_dir: Path | str) -> Path:
     folder = location(run_dir)
     run = TracedRun(folder)
     tokenizer, trace = run.tokenizer(), run.trace
+    n = trace.last - trace.first
+    count = min(STEPS, n)
+    chosen = [trace.first + 1 + (n - 1) * k // max(1, count - 1) for k in range(count)]
+    agrees = run.agrees(chosen)
     steps: list[Step] = []
-    count = min(STEPS, trace.last - trace.first)
-    for k in range(count):
-        step = trace.first + 1 + (trace.last - trace.first - 1) * k // max(1, count - 1)
+    for step in chosen:
         size = trace.dataset.batch_size(trace.batch_step(step))
         rows = trace.rows(step, list(range(min(size, ROWS))))
         tokens_BT = trace.batch(step, [row.row for row in rows]).tokens_BT
         parts = [list(stretches(row, t, tokenizer)) for row, t in zip(rows, tokens_BT, strict=True)]
-        steps.append((step, run.agrees(step), rows, parts))
+        steps.append((step, agrees[step], rows, parts))
     path = folder / NAME
     write_file(path, page(folder.name, steps))
     return path

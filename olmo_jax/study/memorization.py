@@ -25,7 +25,7 @@ from olmo_jax.files import replacing, write_bytes, write_error
 from olmo_jax.generate import Engine, Request
 from olmo_jax.model.transformer import Transformer
 from olmo_jax.study import occurrences
-from olmo_jax.study.reading import Place, Places, Reading, evenly
+from olmo_jax.study.reading import Place, Places, Ranges, Reading, evenly
 
 PROMPT, CONTINUATION = 32, 32
 LENGTH = PROMPT + CONTINUATION
@@ -70,14 +70,14 @@ def choose(
     reading: Reading,
     heldout: DataSet | None = None,
     *,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[range] | None = None,
     limit: int = 1000,
     offset: int = 0,
     at_documents: bool = False,
 ) -> tuple[dict[str, list[Place]], int]:
-    """At most `limit` places that the model has read, evenly spread over its training or over the
-    given steps of the run, and at most as many that it has not: those that come next in the order,
-    then held-out text. Also how many were skipped (`Places.skipped`).
+    """At most `limit` places that the model has read, evenly spread over its training or over
+    ranges of the run's steps, and at most as many that it has not: those that come next in the
+    order, then held-out text. Also how many were skipped (`Places.skipped`).
 
     Raises UserError where an instance cannot hold a sequence, and where none is found.
     """
@@ -94,10 +94,10 @@ def choose(
     read: Sequence[int] = reading.read
     unread: Sequence[int] = reading.next
     if steps is not None:
-        chosen = [n for s in steps for n in range(reading.first_n(s), reading.first_n(s + 1))]
-        end = reading.read.stop
-        read = [n for n in chosen if n < end]
-        unread = [n for n in chosen if n >= end] or unread
+        start, end = reading.trace.start, reading.read.stop
+        chosen = [range(start(some.start), start(some.stop)) for some in steps]
+        read = Ranges(range(some.start, min(some.stop, end)) for some in chosen)
+        unread = Ranges(range(max(some.start, end), some.stop) for some in chosen) or unread
     new = [n for n in evenly(unread, most) if reading.is_new(n)]
     found = {
         "read": evenly(places.of(reading.dataset, evenly(read, most)), limit),
@@ -157,7 +157,7 @@ def ask(
             prompt, continuation = list(place.tokens[:PROMPT]), list(place.tokens[PROMPT:])
             tokens = generated[place.tokens[:PROMPT]]
             score = float(np.mean(np.equal(tokens, continuation)))
-            step, row = (None, None) if group == "held out" else reading.step_and_row(place.n)
+            step, row = (None, None) if group == "held out" else reading.trace.step_and_row(place.n)
             # Without a count the order tells, as long as no instance came twice.
             known = int(group == "read") if reading.is_first else None
             times = repeats.get(place.tokens, known)
@@ -205,8 +205,10 @@ def _documents(dataset: DataSet | None, places: Sequence[Place]) -> list[list[st
     for place in sorted(places, key=lambda p: p.instance):  # file by file
         first, ids = place.offset, []
         for stretch in dataset.where(place.instance):
-            start, end = stretch.start + first, stretch.start + first + LENGTH
-            ids += [d.id for d in stretch.documents if d.start < end and d.end > start]
+            start = max(stretch.start + first, stretch.start)
+            end = min(stretch.start + first + LENGTH, stretch.end)
+            if start < end:
+                ids += [d.id for d in stretch.documents if d.start < end and d.end > start]
             first -= stretch.end - stretch.start
         found[place] = ids or None
     return [found[place] for place in places]

@@ -3,15 +3,17 @@
 Steps are counted as in metrics.jsonl: the first is 1, and a checkpoint of step S has read 1 to S.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from olmo_jax.data import DataSet
 from olmo_jax.data.batch import Instance
+from olmo_jax.data.trace import Trace
 from olmo_jax.errors import UserError
 
 
@@ -28,22 +30,21 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """The first `steps` steps of a run on a data set."""
+    """What a model has read of a run's data."""
 
-    dataset: DataSet
+    trace: Trace
     steps: int
-    """How many the model was trained for."""
-    ahead: int = 0
-    """Steps of the data's order that the run leaves out at its beginning (Train.data_from_step)."""
+    """How many the model was trained for; those up to `trace.first` are of another run."""
 
-    def first_n(self, step: int) -> int:
-        """The position in the order at which a step of the run begins to read."""
-        return self.dataset.first_n(step - 1 + self.ahead)
+    @property
+    def dataset(self) -> DataSet:
+        return self.trace.dataset
 
     @property
     def read(self) -> range:
         """The positions in the order that the model has read."""
-        return range(self.first_n(1), self.first_n(self.steps + 1))
+        first = self.trace.first_n
+        return range(first, max(first, self.trace.start(self.steps + 1)))
 
     @property
     def next(self) -> range:
@@ -64,20 +65,26 @@ class Reading:
         lengths = [source.epoch_length for source in self.dataset.sources]
         return [n * period // part for n, part in zip(lengths, parts, strict=True)]
 
-    def step_and_row(self, n: int) -> tuple[int, int]:
-        """The step of the run that reads position n, and the row of its batch."""
-        step = self.dataset.step_of(n)
-        return step + 1 - self.ahead, n - self.dataset.first_n(step)
-
     def is_new(self, n: int) -> bool:
         """Whether no earlier position has the same instance."""
-        return epoch(self.dataset, n) == 0
+        return self.trace.epoch(n) == 1
 
 
-def epoch(dataset: DataSet, n: int) -> int:
-    """How often the source of position n has been gone through before it."""
-    k, j = dataset.mixture(n) if dataset.mixture else (0, n)
-    return j // dataset.sources[k].epoch_length
+class Ranges(Sequence[int]):
+    """Ranges one after the other, of which none is listed: of many steps they are long."""
+
+    def __init__(self, ranges: Iterable[range]):
+        self._ranges = [some for some in ranges if some]
+        self._ends = list(accumulate(map(len, self._ranges)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        k = bisect_right(self._ends, i)
+        return self._ranges[k][i - self._ends[k]]  # counted from its end
 
 
 def evenly(of: Sequence, most: int) -> list:

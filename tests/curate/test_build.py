@@ -87,6 +87,18 @@ def test_a_recipe_gives_clean_tokens_and_a_card(recipe, tmp_path):
     assert again["tokens"] == facts["tokens"] and again["mix"] == facts["mix"]
 
 
+def test_evaluation_sets_and_a_tokenizer_that_changed_are_taken_up(recipe, tmp_path):
+    facts = build(recipe, "recipe.yaml", Executor(), quiet=True)
+    with (tmp_path / "questions.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"q": " ".join(PLAY.split()[:20])}))
+    again = build(recipe, "recipe.yaml", Executor(), quiet=True)
+    assert again["mix"]["odd"]["kept"] == facts["mix"]["odd"]["kept"] - 1
+    train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "tokenizer.json", 270)
+    last = build(recipe, "recipe.yaml", Executor(), quiet=True)
+    assert last["mix"] == again["mix"]
+    assert last["tokens"]["tokens"] > again["tokens"]["tokens"]
+
+
 def test_mistakes_in_a_recipe_come_out_first(recipe, tmp_path):
     for changes, message in (
         ({"tokenise": 1}, "tokenise is no field"),

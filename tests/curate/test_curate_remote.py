@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from olmo_jax import cli
 from olmo_jax.curate.documents import read_attributes, read_documents
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.tag import tag
@@ -36,6 +37,18 @@ def test_a_bucket_is_tagged_as_a_folder_is(s3, corpus):
         assert s3.cat_file(f"s3://{BUCKET}/corpus/{name}") == (corpus / name).read_bytes()
     assert tag([f"{remote}/*.jsonl"], taggers, "x", Executor()) == 0  # all there
     assert len(list(read_attributes(f"s3://{BUCKET}/corpus/attributes/x/part-0.jsonl"))) == 30
+
+
+@pytest.mark.slow
+def test_the_index_of_evaluation_sets_may_lie_in_a_bucket(s3, corpus):
+    with (corpus / "documents/part-0.jsonl").open() as lines:
+        (corpus / "set.jsonl").write_text(json.dumps({"q": json.loads(next(lines))["text"]}))
+    sets, index = f"--against={corpus}/set.jsonl", f"s3://{BUCKET}/made/sets.npz"
+    documents = f"{corpus}/documents/part-0.jsonl"
+    command = ["data", "decontaminate", documents, sets, f"--index={index}", "--workers=1"]
+    assert cli.run(command) == 0
+    first, *_ = read_attributes(f"{corpus}/attributes/contamination/part-0.jsonl")
+    assert first.attributes["contamination__ngram_overlap__doc_frac"][0][2] == 1
 
 
 def test_documents_are_read_from_the_web(corpus):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -171,13 +172,51 @@ def test_a_bloom_filter_survives_a_kill_while_it_is_written(corpus, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(duplicates, "writing", lambda p: stop(p) if "bloom" in p else writing(p))
+        patch.setattr(
+            duplicates, "writing", lambda p: stop(p) if p.endswith(".bin") else writing(p)
+        )
         dedupe(config, Executor())
     counts = dedupe(config, Executor())
     assert 0 < counts["duplicates"] < counts["units"]
     assert dedupe(config, Executor()) == counts
     alone = {**content, "dedupe": fields | {"name": "alone"}, "bloom_filter": {}}
     assert dedupe(parse_config(alone, DeduperConfig, ""), Executor()) == counts
+
+
+def test_a_rerun_does_not_take_its_own_bloom_filter_for_what_was_seen_before(copies):
+    """With a document more the marks and the filter are those of a fresh run, what came before and
+    after included."""
+
+    def run(root, name, documents):
+        fields = {"name": name, "documents": {"attribute_name": "seen", "key": "$.text"}}
+        bloom = {"file": f"{root}/bloom.bin", "estimated_doc_count": 1000}
+        content = {"documents": documents, "dedupe": fields, "bloom_filter": bloom}
+        counts = dedupe(parse_config(content, DeduperConfig, ""), Executor())
+        return counts, [
+            (root / f"attributes/{name}" / Path(d).name).read_bytes() for d in documents
+        ]
+
+    def grow(root):
+        path = root / "documents/part-2.jsonl"
+        first = (root / "documents/part-0.jsonl").read_text().splitlines()[0]
+        new = json.dumps({"id": "more", "text": "new"})
+        path.write_text(f"{first}\n{new}\n" + path.read_text())
+
+    again, fresh = copies(), copies()
+    grow(fresh)
+    found = []
+    for root in (again, fresh):
+        first, *ours, last = (f"{root}/documents/part-{i}.jsonl" for i in range(4))
+        run(root, "first", [first])
+        made = run(root, "ours", ours)
+        run(root, "last", [last])
+        if root == again:
+            grow(root)
+            made = run(root, "ours", ours)
+        found.append((made, (root / "bloom.bin").read_bytes()))
+    assert found[0] == found[1]
+    (counts, _), _ = found[0]
+    assert counts == {"units": 62, "duplicates": 1}
 
 
 def test_another_index_of_the_same_name_is_looked_up_again(corpus):
@@ -192,3 +231,5 @@ def test_another_index_of_the_same_name_is_looked_up_again(corpus):
         counts.append(tag(documents, [f"ngram_overlap:{index}"], "c", Executor()))
     assert counts == [120, 0, 120]
     assert "contaminated" in (corpus / "attributes/c/part-0.jsonl").read_text()
+    with pytest.raises(UserError, match=r"is a folder; name a file"):
+        write_index(config, str(corpus), lambda names: questions)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from olmo_jax import cli
 from olmo_jax.curate import findings, frequent, histogram, repeats
 from olmo_jax.curate.executor import Executor
 from olmo_jax.curate.frequent import Frequent, ngram_counts
@@ -18,6 +19,7 @@ from olmo_jax.curate.histogram import Histogram
 from olmo_jax.curate.stat import Settings, stat
 from olmo_jax.curate.stat_page import page
 from olmo_jax.curate.tag import tag
+from olmo_jax.data.tokenizer import train_tokenizer
 from olmo_jax.errors import UserError
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=30), min_size=1, max_size=8)
@@ -98,7 +100,11 @@ def test_what_it_says_is_there(big):
     assert [i["count"] for i in copies["most_repeated"]["items"][:3]] == sorted(lines.values())[
         : -3 - 1 : -1
     ]
-    assert found["duplicates"]["documents"]["repeats"] == 7
+    copies = found["duplicates"]["documents"]
+    assert copies["repeats"] == 7  # in another file
+    twice = [text for text, n in Counter(texts).items() if n == 2]
+    told = {item["item"]: item["count"] for item in copies["most_repeated"]["items"]}
+    assert told == {" ".join(text[:160].split()): 2 for text in twice} and len(told) == 7
     grams = Counter()
     for words in map(str.split, texts):
         grams.update(" ".join(words[k : k + 3]) for k in range(len(words) - 2))
@@ -146,6 +152,17 @@ def test_interruptions_change_nothing(big, tmp_path, small):
         stat(documents, tmp_path / "two.json", Settings(), Executor())
 
 
+def test_tokens_are_those_of_the_tokenizer_as_it_is_now(write_documents, tmp_path):
+    path = str(write_documents("a.jsonl", ["one two three " * 20]))
+    counts = []
+    for size in (258, 300):
+        train_tokenizer([path], tmp_path / "tokenizer.json", size)
+        settings = Settings(tokenizer=str(tmp_path))
+        found = stat([path], tmp_path / "x.json", settings, Executor(), quiet=True)
+        counts.append(found["total"]["tokens"])
+    assert counts[0] == len("one two three " * 20) > counts[1]
+
+
 def test_the_page_escapes_and_shows_everything(write_documents):
     path = write_documents("a.jsonl", ["<script>alert(1)</script> word"] * 2 + ["other " * 300])
     found = stat([str(path)], None, Settings(), Executor(), quiet=True)
@@ -155,6 +172,20 @@ def test_the_page_escapes_and_shows_everything(write_documents):
     assert found["total"]["documents"] == 0 and "Sources" in page(found, "nothing")
     assert "<script>" not in html and "&lt;script&gt;" in html and "a &amp; b" in html
     assert html.count("<rect") >= 2 and "Repeated documents" in html
+
+
+def test_the_terminal_shows_brackets_as_they_are(write_documents, capsys):
+    path = write_documents("a.jsonl", ["[/quote] [red] :smile:"] * 2, source="[b]")
+    assert cli.run(["data", "stat", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "[/quote] [red] :smile:" in shown and "[b]" in shown
+
+
+def test_a_page_that_cannot_be_written_is_one_line(write_documents, tmp_path):
+    path = write_documents("a.jsonl", ["word"])
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*x.json"):
+        stat([str(path)], tmp_path / "x.json", Settings(), Executor(), quiet=True)
 
 
 def test_no_accelerator_library_is_loaded():

@@ -135,13 +135,20 @@ def test_questions_of_evaluation_sets_are_found(tmp_path):
     made = write_index(config, f"{tmp_path}/index.npz")
     assert made.ngrams > 40 and (made.questions, made.too_short) == (40, 0)
     tagger = load_tagger(f"ngram_overlap:{tmp_path}/index.npz")
-    for question in questions:
+    for i, question in enumerate(questions):
         before = " ".join(random.choices(words, k=50))
+        before += " in \u0130zmir" * (i % 2)  # whose small letter is two characters
         planted = f"{before}. {question.upper().replace(' ', ',  ')}? {before}"
         [(start, end, _)] = tagger(document(planted))["contaminated"]
         assert planted[start:end].replace(",  ", " ").lower() == question
         assert "contaminated" not in tagger(document(before))
     assert tagger(document(""))["doc_frac"] == [(0, 0, 0.0)]
+    city = "one two three four five six seven \u0130zmir"
+    (tmp_path / "city.jsonl").write_bytes(encode({"q": city}))
+    config = parse_config({"against": [f"{tmp_path}/city.jsonl"]}, DecontaminateConfig, "")
+    write_index(config, f"{tmp_path}/city.npz")
+    found = load_tagger(f"ngram_overlap:{tmp_path}/city.npz")(document(f"So {city.title()}"))
+    assert found["contaminated"] == [(3, 3 + len(city), 1.0)]
     short = {"against": [f"{tmp_path}/sets.jsonl"], "fields": ["answer"]}
     with pytest.raises(UserError, match="no text of 8 words or more in the fields answer"):
         write_index(parse_config(short, DecontaminateConfig, ""), f"{tmp_path}/x.npz")

@@ -156,6 +156,7 @@ def test_an_instance_is_shown_with_its_documents(tmp_path, tokenizer):
     for d in documents:
         assert f"[{d.start}, {d.end}) {d.id}  {tmp_path}/a.jsonl:{d.loc}" in shown
     assert tokenizer.decode(done.files[0].tokens[32:64].tolist(), False) in shown
+    assert "(from 0), step 2 (from 1): " in shown
 
 
 def test_without_stripping_every_byte_is_counted(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """Steps to documents and documents to steps are inverses; the originals' own loaders agree."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -150,6 +151,9 @@ def test_mistakes_are_named(tmp_path, write_tokens):
         trace.rows(1, [2])
     with pytest.raises(UserError, match=r"--document=a.npy-7: no document .* similar are a.npy-"):
         trace.document("a.npy-7")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(UserError, match="no document of 1 token files has this id; they have no"):
+        trace.document("a.npy-1")
     (tmp_path / "a.csv.gz").unlink()
     with pytest.raises(UserError, match=r"none of the 1 token files has a .csv.gz"):
         trace.document("a.npy-1")

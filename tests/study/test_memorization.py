@@ -1,16 +1,22 @@
 """Memorisation: what is asked is what was read, repeats are all found, a planted passage shows."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from olmo_jax import cli
+from olmo_jax.cli_study import _heldout, _steps
 from olmo_jax.data import DataConfig, Document, open_dataset, write_token_file
+from olmo_jax.data.trace import Trace
 from olmo_jax.study import occurrences
-from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, choose
-from olmo_jax.study.reading import Places, Reading
+from olmo_jax.study.memorization import CONTINUATION, LENGTH, PROMPT, _documents, choose
+from olmo_jax.study.reading import Place, Places, Ranges, Reading, evenly
+from olmo_jax.train.config import RunConfig
 
 VOCAB, T, BATCH, STEPS = 300, 128, 4, 80
 PASSAGE = np.random.default_rng(7).permutation(np.arange(1, VOCAB))[: LENGTH + 6]
@@ -57,12 +63,12 @@ def runs(tmp_path_factory):
     return folder
 
 
-def train(folder, name):
+def train(folder, name, *more):
     arguments = [
         f"--gin.Data.paths=('{folder}/{name}/*.npy',)",
         f"--gin.Train.run_dir={folder}/runs/{name}",
     ]
-    assert cli.run(["train", f"--gin_file={folder}/tiny.gin", *arguments]) == 0
+    assert cli.run(["train", f"--gin_file={folder}/tiny.gin", *arguments, *more]) == 0
 
 
 def study(runs, model, *options):
@@ -147,6 +153,68 @@ def test_what_was_read_is_told_from_what_comes_next_by_the_batches_of_training(r
         assert item["score"] == hits.mean() and len(hits) == CONTINUATION
 
 
+def test_data_that_moved_can_be_named_and_data_that_changed_are_refused(runs, capsys):
+    moved = runs / "moved"
+    (runs / "planted").rename(moved)
+    there = f"--gin.Data.paths=('{moved}/*.npy',)"
+    command = ["study", "memorization", str(runs / "runs/planted"), "--limit=10"]
+    try:
+        assert cli.run(command) == 2
+        assert "if they have moved, say where with --gin.Data.paths" in capsys.readouterr().err
+        assert study(runs, "planted", "--limit=10", there)[0]["read"]["sequences"] == 10
+        content = (moved / "a.npy").read_bytes()
+        (moved / "a.npy").write_bytes(content[:-4] + b"\1\0\0\0")
+        assert cli.run([*command, there]) == 2
+        assert "the data is not what" in capsys.readouterr().err
+        (moved / "a.npy").write_bytes(content)
+    finally:
+        moved.rename(runs / "planted")
+
+
+@pytest.mark.slow  # trains
+def test_a_fork_has_read_what_it_read_itself(runs, capsys):
+    new = runs / "runs/forked"
+    assert cli.run(["fork", str(runs / "runs/planted"), str(new)]) == 0
+    train(runs, "planted", f"--gin.Train.run_dir={new}", f"--gin.Train.steps={STEPS + 6}")
+    content, items, _ = study(runs, "forked", "--limit=100")
+    read = {item["step"] for item in items if item["group"] == "read"}
+    assert read == set(range(STEPS + 1, STEPS + 7))
+    assert f"steps 1 to {STEPS} are of {runs / 'runs/planted'}" in content["notes"][0]
+    capsys.readouterr()
+    assert cli.run(["study", "memorization", str(new), "--steps=80:82"]) == 2
+    assert "--steps=80:" in (error := capsys.readouterr().err) and "begins at step 81" in error
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=6))
+def test_steps_are_kept_as_ranges(parts):
+    text = ",".join(f"{first}:{first + more}" if more else f"{first}" for first, more in parts)
+    steps = sorted({step for first, more in parts for step in range(first, first + more + 1)})
+    joined = Ranges(_steps(text, 50))
+    assert list(joined) == steps and [joined[i] for i in range(len(joined))] == steps
+    assert evenly(joined, 7) == evenly(steps, 7)
+
+
+def test_steps_of_a_whole_long_run_take_no_memory(tmp_path):
+    """Pythia's, with as many instances as can be chosen from."""
+    write(tmp_path / "a.npy", 0, documents=40)
+    config = DataConfig(paths=(f"{tmp_path}/a.npy",), sequence_length=T, batch_size=1024)
+    reading = Reading(Trace(open_dataset(config, VOCAB), 143_000), steps=143_000)
+    tracemalloc.start()
+    found, _ = choose(reading, steps=_steps("1:143000", 143_000), limit=10)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert [reading.trace.step_and_row(p.n)[0] for p in found["read"]][::9] == [1, 143_000]
+
+
+def test_only_what_a_run_read_itself_is_read(tmp_path):
+    write(tmp_path / "a.npy", 0, documents=40)
+    config = DataConfig(paths=(f"{tmp_path}/a.npy",), sequence_length=T, batch_size=2)
+    trace = Trace(open_dataset(config, VOCAB), last=9, first=4, data_from_step=1)
+    assert Reading(trace, steps=7).read == range(2 * 5, 2 * 8)
+    assert len(Reading(trace, steps=3).read) == 0
+    assert Reading(trace, steps=3).next.start == 2 * 5
+
+
 def test_a_study_that_was_interrupted_goes_on_to_the_same_files(runs, monkeypatch):
     from olmo_jax.generate import Engine
 
@@ -194,7 +262,7 @@ def test_beyond_what_can_be_counted_the_order_tells_repeats(runs, monkeypatch):
         ("--out=x.txt", ".json"),
         ("--step=7", "step 7"),
         ("--trained_steps=3", "leave it out"),
-        ("--gin.Data.seed=3", "--gin.Data.seed"),
+        ("--gin.Data.seed=3", "the data is not what"),
         ("--run=nowhere", "nowhere/config.json"),
         ("--gin_file=TINY --gin.Model.vocab_size=400 --gin.Data.paths=OTHER", "token 3"),
     ],
@@ -222,7 +290,7 @@ def test_every_occurrence_of_a_sequence_in_what_was_read_is_counted(tmp_path, in
     config = DataConfig(
         paths=(str(tmp_path / "a.npy"),), sequence_length=50, instances=instances, batch_size=7
     )
-    reading = Reading(open_dataset(config, 3), steps=7, ahead=1)
+    reading = Reading(Trace(open_dataset(config, 3), 7, data_from_step=1), steps=7)
     windows: Counter = Counter()
     for n in reading.read:
         row = reading.dataset.instance(n)
@@ -246,18 +314,53 @@ def test_nothing_that_was_read_is_taken_for_new_in_a_mixture(tmp_path):
         eos_token_id=0,
         document_masking=True,
     )
-    reading = Reading(open_dataset(config, VOCAB), steps=10)
+    reading = Reading(Trace(open_dataset(config, VOCAB), 10), steps=10)
     read = {reading.dataset.instance_id(n) for n in reading.read}
     found, skipped = choose(reading, limit=60)
     assert {place.instance for place in found["read"]} <= read
     assert found["next"] and not {place.instance for place in found["next"]} & read
     assert skipped and all(0 not in p.tokens[:-1] for p in found["read"] + found["next"])
-    chosen, _ = choose(reading, steps=[2, 11], limit=60)
-    assert {reading.step_and_row(p.n)[0] for p in chosen["read"] + chosen["next"]} == {2, 11}
+    chosen, _ = choose(reading, steps=[range(2, 3), range(11, 12)], limit=60)
+    assert {reading.trace.step_and_row(p.n)[0] for p in chosen["read"] + chosen["next"]} == {2, 11}
     beginnings = Places(LENGTH, at_documents=True).of(reading.dataset, reading.read)
     for place in beginnings:
         before = reading.dataset.row(place.instance).tokens_T[place.offset - 1]
         assert place.offset > 0 and before == 0
+
+
+def test_the_documents_of_a_sequence_are_those_of_its_own_tokens(tmp_path):
+    """In instances that are packed with ends of long documents, too."""
+    lengths = np.random.default_rng(0).integers(5, 300, 60)
+    ends = np.cumsum(lengths).tolist()
+    tokens = np.repeat(np.arange(1, 61), lengths)  # each tells which document it is of
+    rows = [
+        Document(b - n, b, f"d{k + 1}", "s", 1)
+        for k, (n, b) in enumerate(zip(lengths, ends, strict=True))
+    ]
+    write_token_file(tmp_path / "a.npy", tokens, rows, "uint16")
+    config = DataConfig(
+        paths=(f"{tmp_path}/a.npy",), sequence_length=T, instances="packed", batch_size=1
+    )
+    dataset = open_dataset(config, VOCAB)
+    places = [
+        Place(n, row.instance_id, offset, tuple(row.tokens_T[offset : offset + LENGTH].tolist()))
+        for n in range(len(dataset))
+        for row in [dataset.instance(n)]
+        for offset in range(0, np.count_nonzero(row.segment_ids_T) - LENGTH + 1, 7)
+    ]
+    assert len(places) > 50
+    for place, ids in zip(places, _documents(dataset, places), strict=True):
+        assert ids == [f"d{k}" for k in dict.fromkeys(place.tokens)]
+
+
+def test_held_out_text_of_a_run_in_the_originals_own_order(tmp_path):
+    write(tmp_path / "a.npy", 0, documents=40)
+    path = (str(tmp_path / "a.npy"),)
+    data = {"paths": path, "order": "olmo", "global_indices": ("i.npy",), "sequence_length": T}
+    sizes = {"vocab_size": VOCAB, "d_model": 8, "n_layers": 1, "n_heads": 1, "mlp_width": 8}
+    content = {"Model": sizes, "Data": data, "Train": {"heldout": path, "steps": 1}}
+    heldout, note = _heldout(RunConfig.from_json(content))
+    assert len(heldout) > 0 and note is None
 
 
 def test_held_out_text_is_the_control_of_a_model_that_has_read_all(tmp_path):
@@ -267,9 +370,10 @@ def test_held_out_text_is_the_control_of_a_model_that_has_read_all(tmp_path):
         open_dataset(DataConfig(paths=(f"{tmp_path}/{name}.npy",), sequence_length=T), VOCAB)
         for name in "ab"
     )
-    found, _ = choose(Reading(dataset, steps=len(dataset)), heldout, limit=10)
+    trace = Trace(dataset, len(dataset))
+    found, _ = choose(Reading(trace, steps=len(dataset)), heldout, limit=10)
     assert [len(places) for places in found.values()] == [10, 0, 10]
     for place in found["held out"]:
         assert tuple(heldout.row(place.instance).tokens_T[:LENGTH]) == place.tokens
-    found, _ = choose(Reading(dataset, steps=0), limit=10)
+    found, _ = choose(Reading(trace, steps=0), limit=10)
     assert [len(places) for places in found.values()] == [0, 10, 0]

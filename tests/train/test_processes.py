@@ -145,7 +145,7 @@ def assert_as_one_process(place: Path, run: str, *bindings: str) -> None:
     assert instances(place / run) == instances(place / f"{run}-alone")
     # The first process's rows are what the whole batch has there.
     traced = TracedRun(place / run)
-    assert all(traced.agrees(step) for step in range(1, steps + 1))
+    assert all(traced.agrees(range(1, steps + 1)).values())
     np.testing.assert_allclose(losses(place / run), losses(place / f"{run}-alone"), rtol=1e-5)
 
 

@@ -146,7 +146,9 @@ def test_a_text_gives_the_steps_that_read_it(finished, tmp_path, monkeypatch):
     texts = [[tokenizer.decode(row.tolist()) for row in batch] for batch in given]
     word = "petty pace"
     having = {s for s, rows in enumerate(texts, 1) if any(word in row for row in rows)}
-    found = json.loads(trace(run, f"--text={word}", "--json"))["found"]
+    content = json.loads(trace(run, f"--text={word}", "--json"))
+    found = content["found"]
+    assert content["complete"]
     whole = {
         sighting["step"]
         for one in found
@@ -154,7 +156,18 @@ def test_a_text_gives_the_steps_that_read_it(finished, tmp_path, monkeypatch):
         if sighting["end"] - sighting["start"] == one["end"] - one["start"]
     }
     assert whole == having and having
-    assert "petty pace" in trace(run, f"--text={word}", "--limit=1")
+    listing = trace(run, f"--text={word}", "--limit=1").splitlines()[1:]
+    [place] = [line for line in listing if line.startswith("… ") and line.endswith(" …")]
+    assert word in place
+    assert sum(line.startswith("read in step") for line in listing) == 1
+    assert listing[-1] == f"… and {len(found) - 1:,} more places (--limit)"
+    monkeypatch.setattr("olmo_jax.cli_trace._MOST_PLACES", len(found))
+    assert json.loads(trace(run, f"--text={word}", "--json")) == content
+    monkeypatch.setattr("olmo_jax.cli_trace._MOST_PLACES", len(found) - 1)
+    cut = json.loads(trace(run, f"--text={word}", "--json"))
+    assert not cut["complete"] and len(cut["found"]) == len(found) - 1
+    heading = trace(run, f"--text={word}").splitlines()[0]
+    assert "at least, and the steps are of these places alone;" in heading
 
 
 def test_what_a_checkpoint_had_seen_and_the_page(finished, tmp_path):
@@ -163,7 +176,13 @@ def test_what_a_checkpoint_had_seen_and_the_page(finished, tmp_path):
     assert (seen["instances"], seen["tokens"]) == (160, 160 * 16)
     assert 0 < seen["documents"] <= seen["documents_in_all"] == 30
     assert "160" in trace(run, "--before_checkpoint=20")
-    assert "d7" in trace(run, "--document=d7") and "row 0" in trace(run, "--step=3", "--row=0")
+    [found] = json.loads(trace(run, "--document=d7", "--json"))["found"]
+    listing = trace(run, "--document=d7").splitlines()[2:]
+    length = found["end"] - found["start"]
+    assert listing[0] == f"d7 · {length} tokens · a.jsonl:8"
+    rows = [line.split()[:2] for line in listing if re.match(r" *\d+ ", line)]
+    assert rows == [[str(s["step"]), str(s["row"])] for s in found["sightings"]][:20]
+    assert "row 0 · instance" in trace(run, "--step=3", "--row=0")
     page = tmp_path / "page.html"
     trace(run, "--step=3", f"--out={page}")
     assert "those that the run recorded" in page.read_text()
@@ -185,6 +204,25 @@ def test_a_fork_names_the_run_before_it(finished, tmp_path, capsys):
     error = refused(capsys, tmp_path / "new", "--step=20")
     assert f"begins at step 21; the ones before it are of {run}" in error
     assert '"as_recorded": true' in trace(tmp_path / "new", "--step=21", "--json")
+
+
+def test_a_step_that_is_not_as_recorded_is_refused(finished, tmp_path, capsys):
+    run, _ = finished
+    for name in ("config.json", "data.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    lines = (run / "instances.jsonl").read_text().splitlines(keepends=True)
+    third = json.loads(lines[2])
+    other_tokens = third | {"tokens_xxh3": "0" * 16}
+    other_ids = third | {"instance_ids": third["instance_ids"][::-1]}
+    for changed in (other_tokens, other_ids):
+        new = [*lines[:2], json.dumps(changed) + "\n", *lines[3:]]
+        (tmp_path / "instances.jsonl").write_text("".join(new))
+        assert TracedRun(tmp_path).agrees([2, 3, 4]) == {2: True, 3: False, 4: True}
+        assert "not those that the run recorded" in refused(capsys, tmp_path, "--step=3")
+    (tmp_path / "instances.jsonl").write_text("".join(lines[:2] + lines[3:]))
+    assert '"as_recorded": null' in trace(tmp_path, "--step=3", "--json")
+    assert "recorded" not in trace(tmp_path, "--step=3")
+    assert "that the run recorded" in trace(tmp_path, "--step=4")
 
 
 def test_data_that_moved_or_changed_is_named(finished, tmp_path, capsys):
@@ -217,6 +255,7 @@ def test_mistakes_are_one_line(finished, capsys):
         ("--document=d77",): "no document of 1 token files has this id; similar are",
         ("--text=Zebra",): "'Zebra': is nowhere in the 1 token files",
         ("--step=1", "--text=a"): "give one of --step",
+        ("--step=3", "--limit=0"): "--limit=0: it must be at least 1",
         ("--stp=1",): "did you mean --step?",
         ("--step=1", "--out=a.txt"): "ends in .html",
     }.items():
