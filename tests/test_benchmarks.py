@@ -24,6 +24,15 @@ def test_generation_is_measured_on_the_same_tokens(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_measured_on_a_gpu_runs_without_one(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--shape=demo", "--only=generate"]
+    command += [f"--out={tmp_path / 'gpu.json'}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+    assert len(figures) == 4 and all(f["tokens_per_second"] > 0 for f in figures.values()), figures
+
+
+@pytest.mark.slow
 def test_the_server_is_measured_with_one_client_and_with_sixteen(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--only=serve", "--shape=tiny", "--rounds=1"]
     command += [f"--out={tmp_path}"]
