@@ -17,7 +17,7 @@ from olmo_jax.model.rope import rotate
 from olmo_jax.ops.attention import AttentionMask, attention
 from olmo_jax.ops.attention_decode import attention_decode, write
 from olmo_jax.ops.kernels import Kernels
-from olmo_jax.ops.linear import linear
+from olmo_jax.ops.linear import linear, linear_of
 from olmo_jax.parallel.sharding import constrain
 
 
@@ -47,7 +47,13 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x):
-        y = linear(x, self.weight[...], self.axes, self.flat)
+        return self._named(linear(x, self.weight[...], self.axes, self.flat))
+
+    def of(self, make, *parts):
+        """Of make(*parts), which is made again in the backward pass: only the parts are kept."""
+        return self._named(linear_of(make, parts, self.weight[...], self.axes, self.flat))
+
+    def _named(self, y):
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return checkpoint_name(y, self.name)
@@ -157,20 +163,18 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD):
         x_BTD = projected(x_BTD)
-        gate_BTF = None if self.gate is None else self.gate(x_BTD)
-        return self._down(self.up(x_BTD), gate_BTF)
+        up_BTF = self.up(x_BTD)
+        if self.gate is not None:
+            return self.down.of(_swiglu, self.gate(x_BTD), up_BTF)
+        return self.down.of(partial(_gelu, approximate=self.kind == "gelu_tanh"), up_BTF)
 
-    def _down(self, up_BTF, gate_BTF):
-        """From the outputs of `up` and `gate`, which alone are kept for the backward pass: what
-        `down` multiplies is made again there."""
 
-        @jax.checkpoint
-        def down(up_BTF, gate_BTF):
-            if gate_BTF is not None:
-                hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-            else:
-                hidden_BTF = jax.nn.gelu(up_BTF, approximate=self.kind == "gelu_tanh")
-            # A device keeps its part of the width from `up` to `down`.
-            return self.down(constrain(hidden_BTF, "batch", "time", "mlp"))
+# A device keeps its part of the width from `up` to `down`.
 
-        return down(up_BTF, gate_BTF)
+
+def _swiglu(gate_BTF, up_BTF):
+    return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "time", "mlp")
+
+
+def _gelu(up_BTF, approximate: bool):
+    return constrain(jax.nn.gelu(up_BTF, approximate=approximate), "batch", "time", "mlp")

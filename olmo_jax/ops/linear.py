@@ -1,5 +1,6 @@
 """A matrix product over the last axis, in the form that the platform runs fastest."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -47,3 +48,33 @@ def _backward(axes, flat, saved, dy):
 
 
 linear.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def linear_of(
+    make: Callable[..., jax.Array],
+    parts: tuple[jax.Array, ...],
+    w: jax.Array,
+    axes: tuple[str, str],
+    flat: bool,
+) -> jax.Array:
+    """`linear` of make(*parts), of which only the parts are kept: it is made again in the backward
+    pass. (jax.checkpoint would do that, too, but gather w once more.)"""
+    x = make(*parts)
+    return _product(x, gathered(w.astype(x.dtype), axes), flat)
+
+
+def _forward_of(make, parts, w, axes, flat):
+    return linear_of(make, parts, w, axes, flat), (parts, w)
+
+
+def _backward_of(make, axes, flat, saved, dy):
+    parts, w = saved
+    # The barrier: else a compiler sees that it has made x before, and keeps it; or makes it early.
+    parts, dy = jax.lax.optimization_barrier((parts, dy))
+    x, pull = jax.vjp(make, *parts)
+    dx, dw = _backward(axes, flat, (x, w), dy)
+    return pull(dx), dw
+
+
+linear_of.defvjp(_forward_of, _backward_of)
