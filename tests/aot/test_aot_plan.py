@@ -75,12 +75,13 @@ def test_a_tiny_run_on_each_backend(tmp_path, target, remat):
 
 @pytest.mark.aot
 def test_memory_is_what_a_gpu_took(tmp_path):
-    """Measured with jax 0.11.2; 0.10.2 plans 1.8 % more temporaries than it did."""
+    """Of all of it, 1.6 % came after the measurement (docs/plan.md), and 0.8 % is jax 0.10.2's beside
+    0.11.2, which measured."""
     took = json.loads((ROOT / "benchmarks/results/gpu.json").read_text())
     figures = took["figures"]["train: olmo_jax, rows of 8 documents"]
     o = plan(tmp_path, "h200-1", f"--batch={took['rows']}", "--remat=none", model=OLMO2_1B)
     assert o["sequence_length"] == took["length"]
-    assert o["memory_needed"] == pytest.approx(figures["peak_memory_gb"] * 1e9, rel=0.02)
+    assert o["memory_needed"] == pytest.approx(figures["peak_memory_gb"] * 1e9, rel=0.03)
     assert o["bound_seconds"] < figures["seconds"]
 
 
