@@ -31,7 +31,11 @@ class TextStream:
             raise UserError("a stop string is empty: give at least one character")
         self._tokenizer = tokenizer
         # The last ids of the prompt: some tokenizers drop the space that a text begins with.
-        self._stream = DecodeStream(ids=list(prompt_ids[-8:]))
+        tail = list(prompt_ids[-8:])
+        self._stream = DecodeStream(ids=tail)
+        # Where they end in half a character, the stream's first piece has them in it.
+        before = tokenizer.decode(tail, skip_special_tokens=False)
+        self._before = before if before.endswith("\N{REPLACEMENT CHARACTER}") else ""
         self._pending: list[int] = []  # ids of no whole character yet
         self._held = ""
 
@@ -42,8 +46,10 @@ class TextStream:
         for id in ids:
             self._pending.append(id)
             if (piece := self._stream.step(self._tokenizer, id)) is not None:
-                self._held += piece
-                self._pending = []
+                while not piece.startswith(self._before):
+                    self._before = self._before[:-1]
+                self._held += piece.removeprefix(self._before)
+                self._before, self._pending = "", []
         if last and self._pending:
             self._held += self._tokenizer.decode(self._pending, skip_special_tokens=False)
             self._pending = []

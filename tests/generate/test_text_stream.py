@@ -93,12 +93,26 @@ def test_a_token_with_more_after_the_stop_string_is_cut(byte_level):
     assert "".join(pieces) == "to-" and stream.stopped
 
 
+def without_halves(text: str) -> str:
+    return text.replace("\N{REPLACEMENT CHARACTER}", "")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=12), st.lists(st.integers(0, 299), max_size=40))
-def test_any_ids_may_stand_before(byte_level, prompt, ids):
+def test_the_text_is_what_follows_any_ids(byte_level, prompt, ids):
     """Half a character, for one."""
     stream = TextStream(byte_level, prompt)
     text = "".join(stream.push([i]) for i in ids) + stream.push([], last=True)
-    whole = byte_level.decode(prompt + ids, skip_special_tokens=False)
-    clean = text.replace("\N{REPLACEMENT CHARACTER}", "")
-    assert clean in whole.replace("\N{REPLACEMENT CHARACTER}", "")
+    before, whole = (
+        byte_level.decode(part, skip_special_tokens=False) for part in (prompt, prompt + ids)
+    )
+    assert without_halves(before) + without_halves(text) == without_halves(whole)
+
+
+def test_nothing_of_a_prompt_that_ends_in_half_a_character_is_repeated(byte_level):
+    half = byte_level.encode("漢", add_special_tokens=False).ids[:1]
+    prompt = byte_level.encode("xyz abc", add_special_tokens=False).ids + half
+    for text in ("hello", "\N{REPLACEMENT CHARACTER}hello"):
+        stream = TextStream(byte_level, prompt)
+        ids = byte_level.encode(text, add_special_tokens=False).ids
+        assert "".join(stream.push([i]) for i in ids) == text
