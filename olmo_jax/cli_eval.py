@@ -181,11 +181,26 @@ def _harness(model, tasks: str, include_path, num_fewshot, limit, out: Path | No
     from olmo_jax.eval.run import Results
     from olmo_jax.files import write_file
 
+    if out is not None:  # before the work, which a failure at its end would lose
+        _ready(out)
     options = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit, step=step)
     content = evaluate(model, [name for name in tasks.split(",") if name], **options)
+    _show(terminal_table(Results(content)))
     if out is not None:
         write_file(out, json.dumps(content, indent=1, default=float) + "\n")
-    _show(terminal_table(Results(content)), out)
+        print(f"written: {out}")
+
+
+def _ready(out: Path) -> None:
+    """Refuses a name that results do not have; makes its folder."""
+    from olmo_jax.files import write_error
+
+    if out.suffix != ".json":
+        raise UserError(f"--out={out}: give a name that ends in .json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(out, error) from None
 
 
 def _compare(paths: list[str], out: Path | None) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from exported import FAMILIES, export, model_of
 
+from olmo_jax import cli
 from olmo_jax.eval import wheel
+from olmo_jax.eval.compare import read_result
 
 ARROW = "hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow"
 LIMIT = 40
@@ -63,6 +65,24 @@ def tasks(tmp_path_factory):
         head = COMMON.format(name=name, arrow=folder / "arc.arrow", kind=kind)
         (folder / f"{name}.yaml").write_text(head + rest)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export(model_of(FAMILIES["olmo2"], seed=1), tmp_path_factory.mktemp("exported") / "m")
+
+
+@pytest.mark.slow
+def test_the_command_writes_into_a_new_folder(folder, tasks, tmp_path, capsys):
+    command = ["eval", str(folder), "--harness=arc_offline", f"--include_path={tasks}"]
+    command += ["--limit=3"]
+    assert cli.run([*command, f"--out={tmp_path / 'r.txt'}"]) == 2
+    assert "ends in .json" in capsys.readouterr().err
+    out = tmp_path / "new" / "r.json"
+    assert cli.run([*command, f"--out={out}"]) == 0
+    shown = capsys.readouterr().out
+    assert "arc_offline" in shown and f"written: {out}" in shown
+    assert len(read_result(out).tasks["arc_offline"].names) == 3
 
 
 @pytest.mark.slow
