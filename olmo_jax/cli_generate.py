@@ -90,11 +90,12 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     given = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
+    if not given:  # a document from its beginning
+        given = [""]
     if len(given) > 1 or prompts or out:
         _write_texts(model, given, out, max_tokens, sampling, tuple(stop or ()), seed, int8)
     else:
-        first = given[0] if given else ""
-        _stream(model, first, max_tokens, sampling, tuple(stop or ()), seed, int8)
+        _stream(model, given[0], max_tokens, sampling, tuple(stop or ()), seed, int8)
 
 
 def _stream(
@@ -136,21 +137,18 @@ def _stream(
 
 
 def _read_prompts(path: Path) -> list[str]:
+    from olmo_jax.data.documents import parse_line, read_lines
+
     out = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
+    for line in read_lines(str(path)):
+        prompt = parse_line(line, str(path)).get("prompt")
         if not isinstance(prompt, str):
             raise UserError(
-                f'{path}, line {number}: give {{"prompt": "…"}}, a line for each prompt'
+                f'{path}, line {line.number}: give {{"prompt": "…"}}, a line for each prompt'
             )
         out.append(prompt)
+    if not out:
+        raise UserError(f'{path}: has no prompts: give {{"prompt": "…"}}, a line for each')
     return out
 
 

@@ -1,0 +1,43 @@
+"""`olmo-jax generate`: what is read as prompts, and what becomes of the file of texts."""
+
+import json
+
+import pytest
+from tiny_server import tiny_run
+
+from olmo_jax import cli
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def test_without_a_prompt_a_document_is_begun(run, tmp_path):
+    out = tmp_path / "x.jsonl"
+    assert cli.run(["generate", str(run), f"--out={out}", "--max_tokens=2"]) == 0
+    assert [row["prompt"] for row in rows(out)] == [""]
+
+
+def test_prompts_may_hold_any_of_unicodes_line_ends_and_blank_lines_are_none(run, tmp_path):
+    texts = ["a\u2028b", "c\u0085d\u2029"]
+    lines = "\n\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "p.jsonl").write_text(lines + "\n\n", encoding="utf-8")
+    out = tmp_path / "x.jsonl"
+    options = [f"--prompts={tmp_path / 'p.jsonl'}", f"--out={out}", "--max_tokens=2"]
+    assert cli.run(["generate", str(run), *options]) == 0
+    assert [row["prompt"] for row in rows(out)] == texts
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"prompt": 1}\n', "[]\n"])
+def test_a_file_without_prompts_is_refused(content, run, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(content)
+    out = tmp_path / "x.jsonl"
+    out.write_text("kept")
+    options = [f"--prompts={tmp_path / 'p.jsonl'}", f"--out={out}"]
+    assert cli.run(["generate", str(run), *options]) == 2
+    assert "p.jsonl" in capsys.readouterr().err and out.read_text() == "kept"
