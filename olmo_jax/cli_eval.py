@@ -148,7 +148,7 @@ def _show(table, *written: Path | None) -> None:
         console.width = 200
     console.print(table)
     if paths := [str(path) for path in written if path is not None]:
-        console.print(f"written: {' and '.join(paths)}", soft_wrap=True)
+        console.print(f"written: {' and '.join(paths)}", soft_wrap=True, markup=False)
 
 
 def _domains(model: str, files: list[str], field: str, out: Path | None, step: int | None) -> None:
