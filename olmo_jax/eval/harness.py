@@ -9,6 +9,7 @@ Neither this nor lm-eval's own part of the work imports torch.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -276,10 +277,15 @@ def main() -> None:
     """lm-eval's command line."""
     from lm_eval.__main__ import cli_evaluate
 
+    from olmo_jax.cli_shared import print_error
     from olmo_jax.parallel.runtime import configure
 
     configure()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,16 @@ def read(folder) -> tuple[dict, dict]:
 
 
 @pytest.mark.slow
+def test_its_command_line_tells_mistakes_in_one_line(tasks, tmp_path):
+    command = "-m olmo_jax.eval.harness run --model olmo_jax --tasks arc_offline --include_path"
+    model = f"--model_args=pretrained={tmp_path}"
+    command = [sys.executable, *command.split(), str(tasks), model]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_neither_torch_nor_transformers_is_imported():
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
