@@ -193,7 +193,9 @@ def _domains(content: dict[str, Any]) -> dict[str, Items]:
 
 def _step(name: str) -> tuple[str, int | None]:
     """`runs/demo at step 500` as ("runs/demo", 500); step500, step-500, step_500 are read, too."""
-    found = re.search(r"(?: at )?step[ _-]?(\d+)", name)
+    found = re.search(r" at step (\d+)$", name)
+    for last in re.finditer(r"(?<![A-Za-z])step[ _-]?(\d+)", name) if found is None else ():
+        found = last
     if found is None:
         return name, None
     return name[: found.start()].rstrip("/-_ ") or name, int(found[1])

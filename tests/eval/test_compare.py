@@ -117,6 +117,20 @@ def test_a_folder_becomes_a_plot_for_each_task(tmp_path, capsys):
     assert "http:" not in page and "https:" not in page
 
 
+@pytest.mark.parametrize(
+    ("model", "name", "step"),
+    [
+        ("runs/two-step2 at step 500", "runs/two-step2", 500),
+        ("runs/two-step2/checkpoints/step_500", "runs/two-step2/checkpoints", 500),
+        ("runs/onestep2", "runs/onestep2", 7),
+        ("allenai/OLMo", "allenai/OLMo", 7),
+    ],
+)
+def test_the_step_is_the_models_else_its_files(model, name, step, tmp_path):
+    found = read_result(task_file(tmp_path / "step7.json", model, [True]))
+    assert (found.model, found.step) == (name, step)
+
+
 def test_the_command_prints_and_writes_what_differs(tmp_path, capsys):
     right = np.arange(100) < 30
     a = task_file(tmp_path / "a.json", "a", right)
