@@ -160,6 +160,8 @@ def _task(task: dict[str, Any]) -> Items:
         if metric in _ROLLING:  # (log-likelihood, of how many bytes or words)
             found = [(-nats / math.log(2), size) for nats, size in found]
             metric = metric if metric == "bits_per_byte" else f"log2 {metric}"
+        elif metric == "perplexity":  # log-likelihoods
+            found, metric = [(-nats / math.log(2), 1.0) for nats in found], "log2 perplexity"
         elif isinstance(found[0], list):
             raise UserError(f"{metric} is no mean over items, which alone can be paired")
         else:

@@ -82,12 +82,14 @@ def test_domains_are_weighted_by_their_bytes(tmp_path):
     assert whole.better is False
 
 
-@pytest.mark.parametrize("metric", ["bits_per_byte", "word_perplexity", "acc"])
+@pytest.mark.parametrize("metric", ["bits_per_byte", "word_perplexity", "perplexity", "acc"])
 def test_lm_evals_items_are_read(metric, tmp_path):
-    """A rolling metric's values are pairs of a log-likelihood and a size; a lower one is better."""
+    """A rolling metric's values are pairs of a log-likelihood and a size, those of perplexity are
+    log-likelihoods; a lower one is better."""
     files = []
     for name, nats in (("a", -30.0), ("b", -20.0)):
-        values = [1.0 if name == "a" else 0.0] * 9 if metric == "acc" else [[nats, 10]] * 9
+        value = {"acc": float(name == "a"), "perplexity": nats / 10}.get(metric, [nats, 10])
+        values = [value] * 9
         items = [{"doc": n, "values": {metric: v}, "answers": []} for n, v in enumerate(values)]
         task = {"metric": metric, "metrics": {metric: 0.0}, "stderr": None, "items": items}
         path = tmp_path / f"{name}.json"
