@@ -163,23 +163,24 @@ def _write_texts(
     int8: bool,
 ) -> None:
     """A line of JSON for each prompt, in their order, on stdout or in a file; prompt i has the seed
-    seed + i. An unfinished file lies beside `out`, under a name of all that was asked for."""
+    seed + i. An unfinished file lies beside `out`, under a name of all that was asked for and of
+    the model's weights, which training may have replaced meanwhile."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from olmo_jax.convert.load import load
+    from olmo_jax.convert.load import fingerprint, load
     from olmo_jax.files import write_error
     from olmo_jax.generate.chat import load_text_files
     from olmo_jax.generate.engine import Engine, Request
     from olmo_jax.generate.text import encode_prompt, generate_texts
 
+    if out:
+        try:  # before the work
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(out, error) from None
     files = load_text_files(model)
     eos = files.eos_ids[0] if files.eos_ids else None
-    asked = json.dumps([model, prompts, max_tokens, repr(sampling), stop, seed, int8])
-    part, done = None, 0
-    if out:
-        part = out.with_name(f".{out.name}.{zlib.crc32(asked.encode()):08x}.part")
-        done = _whole_lines(part)
     requests = [
         Request(
             tuple(encode_prompt(files.tokenizer, p, eos)),
@@ -189,7 +190,14 @@ def _write_texts(
             files.eos_ids,
         )
         for i, p in enumerate(prompts)
-    ][done:]
+    ]
+    weights = load(model)
+    part, done = None, 0
+    if out:
+        asked = repr([fingerprint(weights), prompts, requests, stop, int8])
+        part = out.with_name(f".{out.name}.{zlib.crc32(asked.encode()):08x}.part")
+        done = _whole_lines(part)
+    requests = requests[done:]
     waiting: dict[int, dict] = {}
     first, tokens, start, console = done, 0, time.perf_counter(), Console(stderr=True)
     try:
@@ -197,7 +205,8 @@ def _write_texts(
         with Progress(console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("generating", total=len(prompts), completed=done)
             slots = max(1, min(16, len(requests)))
-            engine = Engine(load(model), slots=slots, int8=int8)
+            engine = Engine(weights, slots=slots, int8=int8)
+            del weights  # with int8 the engine has its own
             for i, text, n, finish in generate_texts(engine, files.tokenizer, requests, stop):
                 tokens += n
                 waiting[first + i] = {"text": text, "tokens": n, "finish": finish}

@@ -1,11 +1,17 @@
 """`olmo-jax generate`: what is read as prompts, and what becomes of the file of texts."""
 
+import dataclasses
 import json
+import shutil
+from unittest.mock import Mock
 
+import jax
 import pytest
-from tiny_server import tiny_run
+from tiny_server import CONFIG, tiny_run
 
 from olmo_jax import cli
+from olmo_jax.convert.load import fingerprint
+from olmo_jax.model.transformer import bind, init, parameters
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,7 @@ def rows(path) -> list[dict]:
 
 
 def test_without_a_prompt_a_document_is_begun(run, tmp_path):
-    out = tmp_path / "x.jsonl"
+    out = tmp_path / "new" / "x.jsonl"
     assert cli.run(["generate", str(run), f"--out={out}", "--max_tokens=2"]) == 0
     assert [row["prompt"] for row in rows(out)] == [""]
 
@@ -41,3 +47,32 @@ def test_a_file_without_prompts_is_refused(content, run, tmp_path, capsys):
     options = [f"--prompts={tmp_path / 'p.jsonl'}", f"--out={out}"]
     assert cli.run(["generate", str(run), *options]) == 2
     assert "p.jsonl" in capsys.readouterr().err and out.read_text() == "kept"
+
+
+def test_another_checkpoint_at_the_same_place_begins_anew(tmp_path, monkeypatch):
+    run, out = tiny_run(tmp_path), tmp_path / "x.jsonl"
+    command = ["generate", str(run), "--prompt=a", "--prompt=b", f"--out={out}", "--max_tokens=2"]
+    monkeypatch.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))
+    assert cli.run(command) == 130
+    monkeypatch.undo()
+    (part,) = tmp_path.glob(".x.jsonl.*.part")
+    part.write_text('{"text": "was here"}\n')
+    kept = part.read_bytes()
+    shutil.rmtree(run)
+    tiny_run(tmp_path, seed=1)
+    assert cli.run(command) == 0
+    assert [row["prompt"] for row in rows(out)] == ["a", "b"]
+    shutil.rmtree(run)
+    tiny_run(tmp_path)
+    assert part.read_bytes() == kept  # the first one's, which goes on from there
+    assert cli.run(command) == 0
+    assert [row["text"] == "was here" for row in rows(out)] == [True, False]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_fingerprint_is_of_every_layer(layer):
+    model = init(dataclasses.replace(CONFIG, n_layers=3))
+    params = parameters(model)
+    change = lambda a: a.at[layer].add(1) if a.shape[0] == 3 else a  # noqa: E731
+    other = bind(model, jax.tree.map(change, params))
+    assert fingerprint(other) != fingerprint(model) == fingerprint(bind(model, params))
