@@ -124,7 +124,7 @@ def evaluate(
 
     names = [name for name in tasks.split(",") if name]
     expand(names)  # before the weights are read
-    tokenizer, eos_id = load_tokenizer(model)
+    tokenizer, eos_id = load_tokenizer(model, step)
     with progress("scoring", "requests") as advance:
         results = evaluate(
             load(model, step),
@@ -156,7 +156,7 @@ def _domains(model: str, files: list[str], field: str, out: Path | None, step: i
     from olmo_jax.eval.domains import evaluate, table
     from olmo_jax.eval.scoring import Scorer
 
-    tokenizer, eos_id = load_tokenizer(model)
+    tokenizer, eos_id = load_tokenizer(model, step)
     with progress("scoring") as advance:
         content = evaluate(
             Scorer.on_all_devices(load(model, step)),

@@ -29,11 +29,14 @@ def load(path: str | Path, step: int | None = None, revision: str | None = None)
         return bind(model, _read_parameters(source, parameters(model), path))
 
 
-def load_tokenizer(path: str | Path) -> tuple[Tokenizer, int | None]:
-    """The tokenizer that lies with a checkpoint, and the id that ends a document: the model's own,
-    or where it gives none what the tokenizer calls <|endoftext|>. UserError without a tokenizer.
+def load_tokenizer(
+    path: str | Path, step: int | None = None, revision: str | None = None
+) -> tuple[Tokenizer, int | None]:
+    """The tokenizer that lies with a checkpoint (as `load` takes it), and the id that ends a
+    document: the model's own, or where it gives none what the tokenizer calls <|endoftext|>.
+    UserError without a tokenizer.
     """
-    with open_source(path) as source:
+    with open_source(path, step, revision) as source:
         if "tokenizer.json" not in source.files:
             raise UserError(f"{path}: the checkpoint has no tokenizer.json")
         tokenizer = parse_tokenizer(source.files["tokenizer.json"], path)

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from exported import FAMILIES, export, model_of
+from tokenizers import Tokenizer
 
 from olmo_jax import cli
 from olmo_jax.eval import wheel
@@ -136,6 +138,34 @@ def read(folder) -> tuple[dict, dict]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         samples[name] = sorted(rows, key=lambda row: row["doc_id"])
     return json.loads(path.read_text())["results"], samples
+
+
+@pytest.mark.slow
+def test_a_revision_is_of_all_files(folder, monkeypatch):
+    from olmo_jax.convert import load, source
+    from olmo_jax.eval.harness import OlmoJax
+    from olmo_jax.generate import chat
+
+    asked = []
+
+    @contextmanager
+    def of_the_hub(path, step=None, revision=None):
+        """The hub's: another revision has another tokenizer_config.json."""
+        asked.append(revision)
+        with source.open_source(folder) as found:
+            tokens = {"bos_token": {"content": "<|bos|>"}}
+            found.files = dict(found.files) | {"tokenizer_config.json": json.dumps(tokens).encode()}
+            found.files["tokenizer.json"] = with_bos
+            yield found
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|bos|>"])
+    with_bos = tokenizer.to_str().encode()
+    monkeypatch.setattr(load, "open_source", of_the_hub)
+    monkeypatch.setattr(chat, "open_source", of_the_hub)
+    model = OlmoJax("someone/model", revision="step1000")
+    assert asked == ["step1000"] * 3
+    assert model.prefix_token_id == tokenizer.token_to_id("<|bos|>") != model.eot_token_id
 
 
 @pytest.mark.slow
