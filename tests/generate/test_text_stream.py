@@ -77,6 +77,21 @@ def test_text_ends_before_the_first_stop_string(byte_level, text, stops):
         assert not any(stop in "".join(pieces[:i]) for stop in stops)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 299), max_size=40),
+    st.lists(st.text("ab c", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.text("ab c", max_size=30),
+)
+def test_the_text_does_not_depend_on_how_many_ids_come_at_once(byte_level, ids, stops, text):
+    ids += [byte_level.token_to_id("Ġ" if c == " " else c) for c in text]
+    pieces, one_by_one = streamed(byte_level, ids, stops)
+    at_once = TextStream(byte_level, [], stops)
+    assert at_once.push(ids, last=True) == "".join(pieces)
+    assert (at_once.used, at_once.stopped) == (one_by_one.used, one_by_one.stopped)
+    assert one_by_one.stopped or at_once.used == len(ids)
+
+
 def test_whole_characters_only(byte_level):
     ids = byte_level.encode("漢🙂", add_special_tokens=False).ids
     pieces, _ = streamed(byte_level, [ids[0], *ids], [])
