@@ -23,7 +23,7 @@ def evaluate(
         str | None,
         Option(
             "--tasks",
-            help="Tasks and suites, with commas; TASK:METRIC reports another metric (acc, "
+            help="Tasks and suites, with commas; NAME:METRIC reports another metric (acc, "
             "len_norm, pmi_dc, bpb, ce_loss).",
         ),
     ] = None,

@@ -199,7 +199,9 @@ def _content(name, names, requests: Requests, scores, limit, as_published) -> di
         }
     first = {label: next(iter(task["metrics"].values())) for label, task in tasks.items()}
     suites = {
-        s: float(np.mean([first[label] for label in SUITES[s]])) for s in names if s in SUITES
+        s: float(np.mean([first[label] for label in expand([s])]))
+        for s in names
+        if s.partition(":")[0] in SUITES
     }
     return {
         "model": name,

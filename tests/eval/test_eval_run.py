@@ -140,6 +140,12 @@ def test_the_command(tmp_path, hf_model, capsys):
     text = capsys.readouterr().out
     assert "boolq" in text and "arc_easy_rc_0shot:bpb" in text and "written" in text
     assert list(json.loads(out.read_text())["tasks"]) == ["boolq", "arc_easy_rc_0shot:bpb"]
+    suite = ["eval", str(folder), "--tasks=olmo1_core8:bpb", "--limit=1", f"--out={out}"]
+    assert cli.run(suite) == 0
+    content = json.loads(out.read_text())
+    values = [task["metrics"]["bpb"] for task in content["tasks"].values()]
+    assert len(values) == 8 and content["suites"] == {"olmo1_core8:bpb": np.mean(values)}
+    capsys.readouterr()
     assert cli.run(["eval", "--list"]) == 0
     text = capsys.readouterr().out
     assert "olmes_core9_rc" in text and "mt_mbpp_rust_gold_bpb_3shot" in text
