@@ -119,8 +119,8 @@ def _template_source(files: Mapping[str, bytes], settings: Mapping[str, object])
         return own.decode(errors="replace")
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {t["name"]: t["template"] for t in found if {"name", "template"} <= set(t)}
-        found = named.get("default")
+        named = (t for t in found if isinstance(t, dict) and t.get("name") == "default")
+        found = next((t.get("template") for t in named), None)
     return found if isinstance(found, str) else None
 
 
