@@ -258,6 +258,7 @@ def chat(
     olmo-jax chat allenai/OLMo-2-0425-1B-Instruct
     ```
     """
+    from olmo_jax.cli_shared import print_error
     from olmo_jax.convert.load import load
     from olmo_jax.generate.chat import load_text_files
     from olmo_jax.generate.engine import Engine
@@ -283,10 +284,12 @@ def chat(
         ids = files.chat_ids(messages)
         room = engine.max_length - len(ids)
         if room < 1:
-            raise UserError(
+            print_error(
                 f"the conversation has {len(ids)} tokens, and the model's context "
-                f"{engine.max_length}: begin a new one"
+                f"{engine.max_length}: /new begins a new one"
             )
+            messages.pop()
+            continue
         pieces = generate_text(
             engine,
             files.tokenizer,

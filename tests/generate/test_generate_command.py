@@ -76,3 +76,16 @@ def test_a_fingerprint_is_of_every_layer(layer):
     change = lambda a: a.at[layer].add(1) if a.shape[0] == 3 else a  # noqa: E731
     other = bind(model, jax.tree.map(change, params))
     assert fingerprint(other) != fingerprint(model) == fingerprint(bind(model, params))
+
+
+def test_a_conversation_that_fills_the_context_can_be_begun_anew(tmp_path, monkeypatch, capsys):
+    run = tiny_run(tmp_path, chat=True)
+    said = iter(["a", "x" * 100, "b" * 40, "/new", "b"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said, None) or end())
+
+    def end():
+        raise EOFError
+
+    assert cli.run(["chat", str(run), "--max_tokens=1"]) == 0
+    assert capsys.readouterr().err.count("/new begins a new one") >= 1
+    assert next(said, None) is None
