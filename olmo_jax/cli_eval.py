@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -23,7 +23,7 @@ def evaluate(
         str | None,
         Option(
             "--tasks",
-            help="Tasks and suites, with commas; TASK:METRIC reports another metric (acc, "
+            help="Tasks and suites, with commas; NAME:METRIC reports another metric (acc, "
             "len_norm, pmi_dc, bpb, ce_loss).",
         ),
     ] = None,
@@ -100,21 +100,30 @@ def evaluate(
     if list_:
         _list()
         return
+    options = {
+        "--tasks": tasks,
+        "--domains": domains or None,
+        "--harness": harness,
+        "--limit": limit,
+        "--as_published": as_published or None,
+        "--step": step,
+        "--domain_field": domain_field if domain_field != "source" else None,
+        "--include_path": include_path,
+        "--num_fewshot": num_fewshot,
+    }
+    _check(compare, {name for name, value in options.items() if value is not None}, limit, out)
     if compare:
         _compare(models or [], out)
         return
-    given = [what for what in (tasks, domains, harness) if what]
-    if models is None or len(models) != 1 or len(given) != 1:
-        raise UserError(
-            "give one model and one of --tasks=…, --domains=FILE and --harness=…; `olmo-jax eval "
-            "--list` shows the tasks"
-        )
+    if models is None or len(models) != 1:
+        raise UserError(f"give one model and {_ONE_OF}")
     (model,) = models
     if domains:
         _domains(model, domains, domain_field, out, step)
         return
-    if harness:
-        _harness(model, harness, include_path, num_fewshot, limit, out, step)
+    if harness is not None:
+        more = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit, step=step)
+        _harness(model, _names(harness), out, more)
         return
     assert tasks is not None
     from olmo_jax.convert.load import load, load_tokenizer
@@ -122,9 +131,9 @@ def evaluate(
     from olmo_jax.eval.run import evaluate
     from olmo_jax.eval.tasks import expand
 
-    names = [name for name in tasks.split(",") if name]
+    names = _names(tasks)
     expand(names)  # before the weights are read
-    tokenizer, eos_id = load_tokenizer(model)
+    tokenizer, eos_id = load_tokenizer(model, step)
     with progress("scoring", "requests") as advance:
         results = evaluate(
             load(model, step),
@@ -140,6 +149,36 @@ def evaluate(
     _show(terminal_table(results), out, out and out.with_suffix(".html"))
 
 
+_ONE_OF = "one of --tasks=…, --domains=FILE and --harness=…; `olmo-jax eval --list` shows the tasks"
+_TAKES = {
+    "--tasks": {"--limit", "--as_published", "--step"},
+    "--domains": {"--domain_field", "--step"},
+    "--harness": {"--include_path", "--num_fewshot", "--limit", "--step"},
+    "--compare": set[str](),
+}
+
+
+def _check(compare: bool, given: set[str], limit: int | None, out: Path | None) -> None:
+    """UserError for options that would change nothing, or end in a refusal after the work."""
+    modes = [mode for mode in _TAKES if mode in given or (compare and mode == "--compare")]
+    if len(modes) != 1:
+        raise UserError(f"{' and '.join(modes)}: give {_ONE_OF}" if modes else f"give {_ONE_OF}")
+    (mode,) = modes
+    if ignored := given - _TAKES[mode] - {mode}:
+        raise UserError(f"{mode} takes no {', '.join(sorted(ignored))}: leave it out")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit={limit}: it must be at least 1")
+    if not compare and out is not None and out.suffix != ".json":
+        raise UserError(f"--out={out}: give a name that ends in .json")
+
+
+def _names(given: str) -> list[str]:
+    names = [name for name in given.split(",") if name]
+    if not names:
+        raise UserError("no task is given; `olmo-jax eval --list` shows ours")
+    return names
+
+
 def _show(table, *written: Path | None) -> None:
     from rich.console import Console
 
@@ -148,15 +187,17 @@ def _show(table, *written: Path | None) -> None:
         console.width = 200
     console.print(table)
     if paths := [str(path) for path in written if path is not None]:
-        console.print(f"written: {' and '.join(paths)}", soft_wrap=True)
+        console.print(f"written: {' and '.join(paths)}", soft_wrap=True, markup=False)
 
 
 def _domains(model: str, files: list[str], field: str, out: Path | None, step: int | None) -> None:
     from olmo_jax.convert.load import load, load_tokenizer
+    from olmo_jax.data.documents import total_bytes
     from olmo_jax.eval.domains import evaluate, table
     from olmo_jax.eval.scoring import Scorer
 
-    tokenizer, eos_id = load_tokenizer(model)
+    total_bytes(files)  # refuses a missing one before the weights are read
+    tokenizer, eos_id = load_tokenizer(model, step)
     with progress("scoring") as advance:
         content = evaluate(
             Scorer.on_all_devices(load(model, step)),
@@ -171,7 +212,7 @@ def _domains(model: str, files: list[str], field: str, out: Path | None, step: i
     _show(table(content), out)
 
 
-def _harness(model, tasks: str, include_path, num_fewshot, limit, out: Path | None, step) -> None:
+def _harness(model: str, tasks: list[str], out: Path | None, options: dict[str, Any]) -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
@@ -179,13 +220,18 @@ def _harness(model, tasks: str, include_path, num_fewshot, limit, out: Path | No
     from olmo_jax.eval.harness import evaluate
     from olmo_jax.eval.page import terminal_table
     from olmo_jax.eval.run import Results
-    from olmo_jax.files import write_file
+    from olmo_jax.files import write_error, write_file
 
-    options = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit, step=step)
-    content = evaluate(model, [name for name in tasks.split(",") if name], **options)
+    if out is not None:
+        try:  # before the work, which a failure at its end would lose
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(out, error) from None
+    content = evaluate(model, tasks, **options)
+    _show(terminal_table(Results(content)))
     if out is not None:
         write_file(out, json.dumps(content, indent=1, default=float) + "\n")
-    _show(terminal_table(Results(content)), out)
+        print(f"written: {out}")
 
 
 def _compare(paths: list[str], out: Path | None) -> None:

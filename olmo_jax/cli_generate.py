@@ -90,11 +90,12 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     given = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
+    if not given:  # a document from its beginning
+        given = [""]
     if len(given) > 1 or prompts or out:
         _write_texts(model, given, out, max_tokens, sampling, tuple(stop or ()), seed, int8)
     else:
-        first = given[0] if given else ""
-        _stream(model, first, max_tokens, sampling, tuple(stop or ()), seed, int8)
+        _stream(model, given[0], max_tokens, sampling, tuple(stop or ()), seed, int8)
 
 
 def _stream(
@@ -136,21 +137,18 @@ def _stream(
 
 
 def _read_prompts(path: Path) -> list[str]:
+    from olmo_jax.data.documents import parse_line, read_lines
+
     out = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
+    for line in read_lines(str(path)):
+        prompt = parse_line(line, str(path)).get("prompt")
         if not isinstance(prompt, str):
             raise UserError(
-                f'{path}, line {number}: give {{"prompt": "…"}}, a line for each prompt'
+                f'{path}, line {line.number}: give {{"prompt": "…"}}, a line for each prompt'
             )
         out.append(prompt)
+    if not out:
+        raise UserError(f'{path}: has no prompts: give {{"prompt": "…"}}, a line for each')
     return out
 
 
@@ -165,23 +163,24 @@ def _write_texts(
     int8: bool,
 ) -> None:
     """A line of JSON for each prompt, in their order, on stdout or in a file; prompt i has the seed
-    seed + i. An unfinished file lies beside `out`, under a name of all that was asked for."""
+    seed + i. An unfinished file lies beside `out`, under a name of all that was asked for and of
+    the model's weights, which training may have replaced meanwhile."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from olmo_jax.convert.load import load
+    from olmo_jax.convert.load import fingerprint, load
     from olmo_jax.files import write_error
     from olmo_jax.generate.chat import load_text_files
     from olmo_jax.generate.engine import Engine, Request
     from olmo_jax.generate.text import encode_prompt, generate_texts
 
+    if out:
+        try:  # before the work
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(out, error) from None
     files = load_text_files(model)
     eos = files.eos_ids[0] if files.eos_ids else None
-    asked = json.dumps([model, prompts, max_tokens, repr(sampling), stop, seed, int8])
-    part, done = None, 0
-    if out:
-        part = out.with_name(f".{out.name}.{zlib.crc32(asked.encode()):08x}.part")
-        done = _whole_lines(part)
     requests = [
         Request(
             tuple(encode_prompt(files.tokenizer, p, eos)),
@@ -191,7 +190,14 @@ def _write_texts(
             files.eos_ids,
         )
         for i, p in enumerate(prompts)
-    ][done:]
+    ]
+    weights = load(model)
+    part, done = None, 0
+    if out:
+        asked = repr([fingerprint(weights), prompts, requests, stop, int8])
+        part = out.with_name(f".{out.name}.{zlib.crc32(asked.encode()):08x}.part")
+        done = _whole_lines(part)
+    requests = requests[done:]
     waiting: dict[int, dict] = {}
     first, tokens, start, console = done, 0, time.perf_counter(), Console(stderr=True)
     try:
@@ -199,7 +205,8 @@ def _write_texts(
         with Progress(console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("generating", total=len(prompts), completed=done)
             slots = max(1, min(16, len(requests)))
-            engine = Engine(load(model), slots=slots, int8=int8)
+            engine = Engine(weights, slots=slots, int8=int8)
+            del weights  # with int8 the engine has its own
             for i, text, n, finish in generate_texts(engine, files.tokenizer, requests, stop):
                 tokens += n
                 waiting[first + i] = {"text": text, "tokens": n, "finish": finish}
@@ -251,6 +258,7 @@ def chat(
     olmo-jax chat allenai/OLMo-2-0425-1B-Instruct
     ```
     """
+    from olmo_jax.cli_shared import print_error
     from olmo_jax.convert.load import load
     from olmo_jax.generate.chat import load_text_files
     from olmo_jax.generate.engine import Engine
@@ -276,10 +284,12 @@ def chat(
         ids = files.chat_ids(messages)
         room = engine.max_length - len(ids)
         if room < 1:
-            raise UserError(
+            print_error(
                 f"the conversation has {len(ids)} tokens, and the model's context "
-                f"{engine.max_length}: begin a new one"
+                f"{engine.max_length}: /new begins a new one"
             )
+            messages.pop()
+            continue
         pieces = generate_text(
             engine,
             files.tokenizer,

@@ -1,5 +1,6 @@
 """`load`: any checkpoint that this program knows, as a model."""
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,30 @@ def load(path: str | Path, step: int | None = None, revision: str | None = None)
         return bind(model, _read_parameters(source, parameters(model), path))
 
 
-def load_tokenizer(path: str | Path) -> tuple[Tokenizer, int | None]:
-    """The tokenizer that lies with a checkpoint, and the id that ends a document: the model's own,
-    or where it gives none what the tokenizer calls <|endoftext|>. UserError without a tokenizer.
+def load_tokenizer(
+    path: str | Path, step: int | None = None, revision: str | None = None
+) -> tuple[Tokenizer, int | None]:
+    """The tokenizer that lies with a checkpoint (as `load` takes it), and the id that ends a
+    document: the model's own, or where it gives none what the tokenizer calls <|endoftext|>.
+    UserError without a tokenizer.
     """
-    with open_source(path) as source:
+    with open_source(path, step, revision) as source:
         if "tokenizer.json" not in source.files:
             raise UserError(f"{path}: the checkpoint has no tokenizer.json")
         tokenizer = parse_tokenizer(source.files["tokenizer.json"], path)
         eos = source.eos_token_id
         return tokenizer, tokenizer.token_to_id("<|endoftext|>") if eos is None else eos
+
+
+def fingerprint(model: Transformer) -> str:
+    """Of the architecture and of a sample of every weight and layer: what was made by it belongs
+    to it."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for weight in jax.tree.leaves(parameters(model)):
+        stride = max(1, len(weight) // 128)  # rows of an embedding; each one of the layers
+        at = (0,) * max(0, weight.ndim - 2)
+        digest.update(np.asarray(weight[(slice(None, None, stride), *at)][..., :64]).tobytes())
+    return digest.hexdigest()
 
 
 def load_sharded(paths: Sequence[str | Path], config: ModelConfig, shardings: Any) -> dict:

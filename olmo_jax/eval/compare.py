@@ -160,6 +160,8 @@ def _task(task: dict[str, Any]) -> Items:
         if metric in _ROLLING:  # (log-likelihood, of how many bytes or words)
             found = [(-nats / math.log(2), size) for nats, size in found]
             metric = metric if metric == "bits_per_byte" else f"log2 {metric}"
+        elif metric == "perplexity":  # log-likelihoods
+            found, metric = [(-nats / math.log(2), 1.0) for nats in found], "log2 perplexity"
         elif isinstance(found[0], list):
             raise UserError(f"{metric} is no mean over items, which alone can be paired")
         else:
@@ -193,7 +195,9 @@ def _domains(content: dict[str, Any]) -> dict[str, Items]:
 
 def _step(name: str) -> tuple[str, int | None]:
     """`runs/demo at step 500` as ("runs/demo", 500); step500, step-500, step_500 are read, too."""
-    found = re.search(r"(?: at )?step[ _-]?(\d+)", name)
+    found = re.search(r" at step (\d+)$", name)
+    for last in re.finditer(r"(?<![A-Za-z])step[ _-]?(\d+)", name) if found is None else ():
+        found = last
     if found is None:
         return name, None
     return name[: found.start()].rstrip("/-_ ") or name, int(found[1])

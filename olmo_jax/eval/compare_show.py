@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from olmo_jax import pages
 from olmo_jax.eval.compare import Difference, Result
@@ -22,23 +23,26 @@ def cells(row: Difference) -> tuple[str, ...]:
 
 
 def difference_table(name: str, rows: Sequence[Difference], first: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=f"{name} against {first}", title_justify="left")
+    # Names are Texts: a str would be read as markup.
+    title = Text(f"{name} against {first}", "table.title")
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for head in HEAD:
         table.add_column(head, justify="left" if head in ("task", "metric", "") else "right")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(Text, cells(row)))
     return table
 
 
 def steps_table(name: str, results: Sequence[Result]) -> Table:
     """A column for each of the first and last few steps."""
     shown = [*results[:2], *results[max(2, len(results) - 4) :]]
-    table = Table("task", "metric", box=SIMPLE_HEAD, title=name, title_justify="left")
+    title = Text(name, "table.title")
+    table = Table("task", "metric", box=SIMPLE_HEAD, title=title, title_justify="left")
     for result in shown:
         table.add_column(f"step {result.step:,}", justify="right")
     for task, items in results[-1].tasks.items():
         values = [f"{r.tasks[task].value:.4f}" if task in r.tasks else "" for r in shown]
-        table.add_row(task, items.metric, *values)
+        table.add_row(Text(task), Text(items.metric), *values)
     return table
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer
 
 from olmo_jax.data.documents import parse_line, read_lines, text_field, total_bytes
@@ -243,7 +244,7 @@ def table(content: dict[str, Any]) -> Table:
         for figure, form in (("bits_per_byte", ".4f"), ("perplexity", ".2f")):
             low, high = row[f"{figure}_interval"]
             texts += [f"{row[figure]:{form}}", f"{low:{form}} to {high:{form}}"]
-        shown.add_row(name, count, *texts, **style)
+        shown.add_row(Text(name), count, *texts, **style)  # a str would be read as markup
 
     *domains, last = content["domains"].items()
     for domain in domains:

@@ -8,7 +8,7 @@ process; it looks for no entry points. So its command line is started from here:
 Neither this nor lm-eval's own part of the work imports torch.
 """
 
-import json
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +27,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from olmo_jax.convert.load import load
-from olmo_jax.convert.source import open_source
 from olmo_jax.errors import UserError
 from olmo_jax.eval.scoring import Pair, Scorer
 from olmo_jax.generate.chat import TextFiles, load_text_files
@@ -61,14 +60,14 @@ class OlmoJax(TemplateLM):
         super().__init__()
         self.path = str(pretrained)
         self.model = load(pretrained, step, revision)
-        self.files: TextFiles = load_text_files(pretrained)
+        self.files: TextFiles = load_text_files(pretrained, step, revision)
         if not self.files.eos_ids:
             raise UserError(f"{pretrained}: names no end-of-text token, which lm-eval needs")
         self.max_length = int(max_length or self.model.config.context_length)
         self.slots = int(slots)
         self.scorer = Scorer.on_all_devices(self.model)
         self.scorer.max_length = self.max_length
-        begins = _bos_id(self.path, self.files)
+        begins = self.files.tokenizer.token_to_id(self.files.special_tokens.get("bos_token", ""))
         self._prefix = self.eot_token_id if begins is None else begins
 
     # --- what lm-eval asks about text -------------------------------------------------------------
@@ -188,17 +187,12 @@ class OlmoJax(TemplateLM):
             )
         sampling = Sampling(**{k: v for k, v in kwargs.items() if v is not None})
         ids = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
-        request = Request(tuple(ids), max_tokens, sampling, seed, self.files.eos_ids)
+        # Special tokens are no part of the text in which stops are looked for.
+        added = self.files.tokenizer.get_added_tokens_decoder().items()
+        ends = [i for i, token in added if token.special and token.content in stops]
+        eos_ids = (*self.files.eos_ids, *ends)
+        request = Request(tuple(ids), max_tokens, sampling, seed, eos_ids)
         return request, [stop for stop in stops if stop]
-
-
-def _bos_id(path: str, files: TextFiles) -> int | None:
-    """Of the token that tokenizer_config.json says begins a text, if it names one."""
-    with open_source(path) as source:
-        settings = json.loads(source.files.get("tokenizer_config.json", b"{}"))
-    token = settings.get("bos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    return files.tokenizer.token_to_id(token) if isinstance(token, str) else None
 
 
 def evaluate(
@@ -276,10 +270,15 @@ def main() -> None:
     """lm-eval's command line."""
     from lm_eval.__main__ import cli_evaluate
 
+    from olmo_jax.cli_shared import print_error
     from olmo_jax.parallel.runtime import configure
 
     configure()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ def terminal_table(results: "Results") -> "Table":
     """A row for each task, and for each suite its mean."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD)
     head, rows = cells(results)
     for name in head:
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a str would be read as markup
     return table
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from olmo_jax.convert import load
 from olmo_jax.errors import UserError
 from olmo_jax.eval.metrics import Answered, choice, compute
 from olmo_jax.eval.part import Part
@@ -19,7 +19,7 @@ from olmo_jax.eval.scoring import Pair, Score, Scorer
 from olmo_jax.eval.suites import SUITES
 from olmo_jax.eval.tasks import Task, expand, load_task
 from olmo_jax.files import write_bytes, write_error
-from olmo_jax.model.transformer import Transformer, parameters
+from olmo_jax.model.transformer import Transformer
 
 Progress = Callable[[int, int], None]
 
@@ -199,7 +199,9 @@ def _content(name, names, requests: Requests, scores, limit, as_published) -> di
         }
     first = {label: next(iter(task["metrics"].values())) for label, task in tasks.items()}
     suites = {
-        s: float(np.mean([first[label] for label in SUITES[s]])) for s in names if s in SUITES
+        s: float(np.mean([first[label] for label in expand([s])]))
+        for s in names
+        if s.partition(":")[0] in SUITES
     }
     return {
         "model": name,
@@ -219,11 +221,8 @@ def _stderr(metric: str, answered: Sequence[Answered]) -> float | None:
 
 
 def fingerprint(model: Transformer, pairs: Sequence[Pair]) -> str:
-    """Of the requests and of a sample of every weight: what a part's scores belong to."""
-    digest = hashlib.sha256(repr(model.config).encode())
+    """Of the requests and of the model: what a part's scores belong to."""
+    digest = hashlib.sha256(load.fingerprint(model).encode())
     for pair in pairs:
         digest.update(np.array([len(pair.context), *pair.context, *pair.continuation]).tobytes())
-    for weight in jax.tree.leaves(parameters(model)):
-        sample = weight[(0,) * (weight.ndim - 1)][:4096]
-        digest.update(np.asarray(sample).tobytes())
     return digest.hexdigest()

@@ -49,21 +49,19 @@ def metric_of(label: str) -> str:
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Labels (with their :METRIC), suites replaced by their tasks, each once. UserError for what is
-    neither."""
+    """Labels (with their :METRIC), suites replaced by their tasks, each once; a suite's :METRIC is
+    each of its tasks'. UserError for what is neither."""
     found: dict[str, None] = {}
     for name in names:
-        if name in SUITES:
-            found |= dict.fromkeys(SUITES[name])
-            continue
-        label, _, metric = name.partition(":")
-        if label not in labels():
+        label, colon, metric = name.partition(":")
+        members = SUITES.get(label)
+        if members is None and label not in labels():
             near = difflib.get_close_matches(label, [*SUITES, *labels()], n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "`olmo-jax eval --list` has all"
             raise UserError(f"there is no task {label!r}: {hint}")
-        if ":" in name and metric not in METRICS:
+        if colon and metric not in METRICS:
             raise UserError(f"{name}: there is no metric {metric!r}, only {', '.join(METRICS)}")
-        found[name] = None
+        found |= dict.fromkeys(f"{member}{colon}{metric}" for member in members or [label])
     if not found:
         raise UserError("no task is given; `olmo-jax eval --list` shows them")
     return list(found)

@@ -5,7 +5,7 @@ A template comes with the weights, from anyone: it is run in jinja's sandbox, as
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -80,6 +80,8 @@ class TextFiles:
     """Tokens that end a text: the model's own first, then those of generation_config.json."""
     chat_template: ChatTemplate | None
     """None where the folder has none: a base model."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """What tokenizer_config.json calls bos_token and so on."""
 
     def chat_ids(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """The ids of a conversation up to where the assistant's next message begins. Raises
@@ -93,10 +95,12 @@ class TextFiles:
         return encode_prompt(self.tokenizer, text, None)
 
 
-def load_text_files(path: str | Path) -> TextFiles:
+def load_text_files(
+    path: str | Path, step: int | None = None, revision: str | None = None
+) -> TextFiles:
     """Of any checkpoint that `load` reads. Raises UserError where there is no tokenizer."""
-    tokenizer, eos = load_tokenizer(path)
-    with open_source(path) as source:
+    tokenizer, eos = load_tokenizer(path, step, revision)
+    with open_source(path, step, revision) as source:
         files = dict(source.files)
     settings, generation = (
         _object(files, name, path) for name in ("tokenizer_config.json", "generation_config.json")
@@ -105,8 +109,9 @@ def load_text_files(path: str | Path) -> TextFiles:
     more = more if isinstance(more, list) else [more]
     eos_ids = dict.fromkeys(i for i in (eos, *more) if isinstance(i, int))
     template = _template_source(files, settings)
-    chat = ChatTemplate(template, _special_tokens(settings)) if template else None
-    return TextFiles(tokenizer, tuple(eos_ids), chat)
+    special = _special_tokens(settings)
+    chat = ChatTemplate(template, special) if template else None
+    return TextFiles(tokenizer, tuple(eos_ids), chat, special)
 
 
 def _template_source(files: Mapping[str, bytes], settings: Mapping[str, object]) -> str | None:
@@ -114,8 +119,8 @@ def _template_source(files: Mapping[str, bytes], settings: Mapping[str, object])
         return own.decode(errors="replace")
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {t["name"]: t["template"] for t in found if {"name", "template"} <= set(t)}
-        found = named.get("default")
+        named = (t for t in found if isinstance(t, dict) and t.get("name") == "default")
+        found = next((t.get("template") for t in named), None)
     return found if isinstance(found, str) else None
 
 

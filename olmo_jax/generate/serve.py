@@ -7,8 +7,7 @@ import signal
 import socket
 import time
 from types import FrameType
-from typing import cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -43,7 +42,8 @@ class WebServer(uvicorn.Server):
         )
         super().__init__(config)
         self._server = server
-        self._silent_since = WeakKeyDictionary[H11Protocol, float]()
+        # Of each connection: its last request, and since when that has been answered.
+        self._silent_since: dict[H11Protocol, tuple[Any, float]] = {}
         server.on_failure = self.leave
 
     def leave(self) -> None:
@@ -55,13 +55,19 @@ class WebServer(uvicorn.Server):
             logging.disable()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second. Closes connections that have not brought a request: uvicorn itself
-        has patience without end with them, and so many would keep all others out."""
+        """Ten times a second. Closes connections that have not brought a request, or not another:
+        uvicorn itself has patience without end with half a request, and so many would keep all
+        others out."""
         if counter % 10 == 0:
-            now = time.monotonic()
+            now, before = time.monotonic(), self._silent_since
+            self._silent_since = {}
             for connection in cast(list[H11Protocol], list(self.server_state.connections)):
-                since = self._silent_since.setdefault(connection, now)
-                if connection.cycle is None and now - since > SILENT_SECONDS:
+                cycle = connection.cycle
+                last, since = before.get(connection, (cycle, now))
+                if last is not cycle or not (cycle is None or cycle.response_complete):
+                    since = now
+                self._silent_since[connection] = cycle, since
+                if now - since > SILENT_SECONDS:
                     connection.transport.close()
         return await super().on_tick(counter)
 

@@ -27,26 +27,41 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Iterable[str] = ()):
         self.stop, self.stopped = tuple(stop), False
+        self.used = 0  # ids, up to the one with which a stop string was whole
         if "" in self.stop:
             raise UserError("a stop string is empty: give at least one character")
         self._tokenizer = tokenizer
         # The last ids of the prompt: some tokenizers drop the space that a text begins with.
-        self._stream = DecodeStream(ids=list(prompt_ids[-8:]))
+        tail = list(prompt_ids[-8:])
+        self._stream = DecodeStream(ids=tail)
+        # Where they end in half a character, the stream's first piece has them in it.
+        before = tokenizer.decode(tail, skip_special_tokens=False)
+        self._before = before if before.endswith("\N{REPLACEMENT CHARACTER}") else ""
         self._pending: list[int] = []  # ids of no whole character yet
         self._held = ""
 
     def push(self, ids: Iterable[int], last: bool = False) -> str:
         """What can be shown now that these ids have come; with `last`, all that is left."""
-        if self.stopped:
-            return ""
-        for id in ids:
+        shown = ""
+        for id in ids:  # one by one: a text does not depend on how many come at once
+            if self.stopped:
+                return shown
+            self.used += 1
             self._pending.append(id)
             if (piece := self._stream.step(self._tokenizer, id)) is not None:
-                self._held += piece
-                self._pending = []
-        if last and self._pending:
+                while not piece.startswith(self._before):
+                    self._before = self._before[:-1]
+                self._held += piece.removeprefix(self._before)
+                self._before, self._pending = "", []
+                shown += self._free()
+        if last and not self.stopped:
             self._held += self._tokenizer.decode(self._pending, skip_special_tokens=False)
             self._pending = []
+            shown += self._free(last=True)
+        return shown
+
+    def _free(self, last: bool = False) -> str:
+        """Of what is held that which no stop string can have any more; with `last`, all of it."""
         found = [at for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -93,8 +108,10 @@ def _pieces(engine: Engine, id: int, stream: TextStream, ids: list[int]) -> Iter
     try:
         while engine.busy:
             for event in engine.step():
-                ids += event.token_ids
-                yield stream.push(event.token_ids, last=event.finish is not None)
+                before = stream.used
+                text = stream.push(event.token_ids, last=event.finish is not None)
+                ids += event.token_ids[: stream.used - before]
+                yield text
             if stream.stopped:
                 return
     finally:  # also where the reader has had enough
@@ -109,18 +126,17 @@ def generate_texts(
 ) -> Iterator[tuple[int, str, int, Finish]]:
     """The index, text, number of tokens and end of each request, as they end."""
     engine = model if isinstance(model, Engine) else Engine(model, slots=min(16, len(requests)))
-    index, streams, texts, counts = {}, {}, {}, {}
+    index, streams, texts = {}, {}, {}
     for i, request in enumerate(requests):
         id = engine.submit(request)
         index[id], streams[id] = i, TextStream(tokenizer, request.prompt_ids, stop)
-        texts[id], counts[id] = "", 0
+        texts[id] = ""
     while engine.busy:
         for event in engine.step():
             id, finish = event.id, event.finish
             texts[id] += streams[id].push(event.token_ids, last=finish is not None)
-            counts[id] += len(event.token_ids)
             if streams[id].stopped:
                 engine.cancel(id)
                 finish = "stop"
             if finish:
-                yield index[id], texts[id], counts[id], finish
+                yield index[id], texts[id], streams[id].used, finish

@@ -5,13 +5,18 @@ import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from olmo_jax import cli
 from olmo_jax.errors import UserError
 from olmo_jax.eval.compare import differences, plots, read_folder, read_result
+from olmo_jax.eval.domains import Document, summarize
+from olmo_jax.eval.domains import table as domain_table
+from olmo_jax.eval.page import terminal_table
+from olmo_jax.eval.run import Results
 
 
-def task_file(path, model, right, metric="acc"):
+def task_file(path, model, right, metric="acc", name="quiz"):
     """Results as `run.evaluate` writes them; `right`: whether each question is."""
     items = [
         {
@@ -25,7 +30,7 @@ def task_file(path, model, right, metric="acc"):
         for r in right
     ]
     task = {"metric": metric, "metrics": {metric: 0.0}, "stderr": None, "items": items}
-    path.write_text(json.dumps({"model": model, "tasks": {"quiz": task}, "suites": {}}))
+    path.write_text(json.dumps({"model": model, "tasks": {name: task}, "suites": {}}))
     return path
 
 
@@ -77,12 +82,14 @@ def test_domains_are_weighted_by_their_bytes(tmp_path):
     assert whole.better is False
 
 
-@pytest.mark.parametrize("metric", ["bits_per_byte", "word_perplexity", "acc"])
+@pytest.mark.parametrize("metric", ["bits_per_byte", "word_perplexity", "perplexity", "acc"])
 def test_lm_evals_items_are_read(metric, tmp_path):
-    """A rolling metric's values are pairs of a log-likelihood and a size; a lower one is better."""
+    """A rolling metric's values are pairs of a log-likelihood and a size, those of perplexity are
+    log-likelihoods; a lower one is better."""
     files = []
     for name, nats in (("a", -30.0), ("b", -20.0)):
-        values = [1.0 if name == "a" else 0.0] * 9 if metric == "acc" else [[nats, 10]] * 9
+        value = {"acc": float(name == "a"), "perplexity": nats / 10}.get(metric, [nats, 10])
+        values = [value] * 9
         items = [{"doc": n, "values": {metric: v}, "answers": []} for n, v in enumerate(values)]
         task = {"metric": metric, "metrics": {metric: 0.0}, "stderr": None, "items": items}
         path = tmp_path / f"{name}.json"
@@ -112,6 +119,20 @@ def test_a_folder_becomes_a_plot_for_each_task(tmp_path, capsys):
     assert "http:" not in page and "https:" not in page
 
 
+@pytest.mark.parametrize(
+    ("model", "name", "step"),
+    [
+        ("runs/two-step2 at step 500", "runs/two-step2", 500),
+        ("runs/two-step2/checkpoints/step_500", "runs/two-step2/checkpoints", 500),
+        ("runs/onestep2", "runs/onestep2", 7),
+        ("allenai/OLMo", "allenai/OLMo", 7),
+    ],
+)
+def test_the_step_is_the_models_else_its_files(model, name, step, tmp_path):
+    found = read_result(task_file(tmp_path / "step7.json", model, [True]))
+    assert (found.model, found.step) == (name, step)
+
+
 def test_the_command_prints_and_writes_what_differs(tmp_path, capsys):
     right = np.arange(100) < 30
     a = task_file(tmp_path / "a.json", "a", right)
@@ -122,6 +143,28 @@ def test_the_command_prints_and_writes_what_differs(tmp_path, capsys):
     assert "+0.4000" in shown and "better" in shown
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", out.read_text())
     assert cells[:6] == ["quiz", "acc", "100", "0.3000", "0.7000", "+0.4000"]
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    """Brackets are rich's markup."""
+    folder = tmp_path / "[b]x[/wiki]"
+    folder.mkdir(parents=True)
+    right = np.arange(100) < 30
+    a, b = (folder / f"step{n}.json" for n in (1, 2))
+    task_file(a, "a", right, name="[/wiki] [deleted]")
+    task_file(b, "b", ~right, name="[/wiki] [deleted]")
+    for words in ([str(a), str(b)], [str(folder)]):
+        out = folder / "[i].html"
+        assert cli.run(["eval", "--compare", *words, f"--out={out}"]) == 0
+        shown = capsys.readouterr().out
+        assert "[/wiki] [deleted]" in shown and f"written: {out}" in shown
+        assert words[0] in "".join(shown.partition("task")[0].split())
+    results = Results(json.loads(a.read_bytes()) | {"suites": {"[x]": 0.5}})
+    results.content["tasks"]["[/wiki] [deleted]"]["metrics"] = {"acc": 0.5}
+    domains = summarize([Document("[deleted]", "1", 90.0, 40, 50)])
+    Console(width=200).print(terminal_table(results), domain_table(domains))
+    shown = capsys.readouterr().out
+    assert "[/wiki] [deleted]" in shown and "[x]" in shown and shown.count("[deleted]") == 2
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):

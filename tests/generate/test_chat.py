@@ -52,6 +52,7 @@ def test_the_text_is_transformers(more, tools):
 
 def test_where_a_template_is_found():
     several = [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]
+    assert _template_source({}, {"chat_template": ["x", None, {"name": []}, *several]}) == "b"
     assert _template_source({}, {"chat_template": several}) == "b"
     assert _template_source({}, {"chat_template": "c"}) == "c"
     assert _template_source({"chat_template.jinja": b"d"}, {"chat_template": "c"}) == "d"

@@ -445,10 +445,15 @@ def test_connections_that_bring_nothing_are_closed(stepped, monkeypatch):
     """Or whoever opens enough of them would keep all others out."""
     monkeypatch.setattr(serve, "SILENT_SECONDS", 0.5)
     host, port = urlsplit(stepped[1]).netloc.split(":")
-    silent, slow = (socket.create_connection((host, int(port)), timeout=60) for _ in range(2))
+    silent, slow, once = (socket.create_connection((host, int(port)), timeout=60) for _ in range(3))
     slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+    once.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b'{"status":"ok"}'):
+        answer += once.recv(65536)
+    once.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
     busy = opened(stepped[1])
-    assert silent.recv(10) == slow.recv(10) == b""
+    assert silent.recv(10) == slow.recv(10) == once.recv(10) == b""
     stepped[0].driver.engine.may.release(1000)
     assert busy.recv(15).startswith(b"HTTP/1.1 200")
 

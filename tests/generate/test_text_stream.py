@@ -77,6 +77,21 @@ def test_text_ends_before_the_first_stop_string(byte_level, text, stops):
         assert not any(stop in "".join(pieces[:i]) for stop in stops)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 299), max_size=40),
+    st.lists(st.text("ab c", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.text("ab c", max_size=30),
+)
+def test_the_text_does_not_depend_on_how_many_ids_come_at_once(byte_level, ids, stops, text):
+    ids += [byte_level.token_to_id("Ġ" if c == " " else c) for c in text]
+    pieces, one_by_one = streamed(byte_level, ids, stops)
+    at_once = TextStream(byte_level, [], stops)
+    assert at_once.push(ids, last=True) == "".join(pieces)
+    assert (at_once.used, at_once.stopped) == (one_by_one.used, one_by_one.stopped)
+    assert one_by_one.stopped or at_once.used == len(ids)
+
+
 def test_whole_characters_only(byte_level):
     ids = byte_level.encode("漢🙂", add_special_tokens=False).ids
     pieces, _ = streamed(byte_level, [ids[0], *ids], [])
@@ -93,12 +108,26 @@ def test_a_token_with_more_after_the_stop_string_is_cut(byte_level):
     assert "".join(pieces) == "to-" and stream.stopped
 
 
+def without_halves(text: str) -> str:
+    return text.replace("\N{REPLACEMENT CHARACTER}", "")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=12), st.lists(st.integers(0, 299), max_size=40))
-def test_any_ids_may_stand_before(byte_level, prompt, ids):
+def test_the_text_is_what_follows_any_ids(byte_level, prompt, ids):
     """Half a character, for one."""
     stream = TextStream(byte_level, prompt)
     text = "".join(stream.push([i]) for i in ids) + stream.push([], last=True)
-    whole = byte_level.decode(prompt + ids, skip_special_tokens=False)
-    clean = text.replace("\N{REPLACEMENT CHARACTER}", "")
-    assert clean in whole.replace("\N{REPLACEMENT CHARACTER}", "")
+    before, whole = (
+        byte_level.decode(part, skip_special_tokens=False) for part in (prompt, prompt + ids)
+    )
+    assert without_halves(before) + without_halves(text) == without_halves(whole)
+
+
+def test_nothing_of_a_prompt_that_ends_in_half_a_character_is_repeated(byte_level):
+    half = byte_level.encode("漢", add_special_tokens=False).ids[:1]
+    prompt = byte_level.encode("xyz abc", add_special_tokens=False).ids + half
+    for text in ("hello", "\N{REPLACEMENT CHARACTER}hello"):
+        stream = TextStream(byte_level, prompt)
+        ids = byte_level.encode(text, add_special_tokens=False).ids
+        assert "".join(stream.push([i]) for i in ids) == text

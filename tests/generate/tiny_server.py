@@ -42,15 +42,17 @@ def tiny_text(folder: Path, eos_ids=(0,), chat: bool = True) -> TextFiles:
     return TextFiles(tiny_tokenizer(folder), eos_ids, ChatTemplate(TEMPLATE, {}) if chat else None)
 
 
-def tiny_run(folder: Path) -> Path:
-    """A run folder."""
+def tiny_run(folder: Path, seed: int = 0, chat: bool = False) -> Path:
+    """A run folder; `chat`: with the template."""
     tokenizer = tiny_tokenizer(folder)
     config = {"Model": dataclasses.asdict(CONFIG), "Data": {"eos_token_id": 0}}
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
     files = {"tokenizer.json": tokenizer.to_str().encode()}
+    if chat:
+        files["chat_template.jinja"] = TEMPLATE.encode()
     with Checkpointer(run / "checkpoints", CheckpointConfig(), files) as checkpointer:
-        checkpointer.save(1, {"params": parameters(init(CONFIG))}, {"config": config})
+        checkpointer.save(1, {"params": parameters(init(CONFIG, seed))}, {"config": config})
     return run
 
 
