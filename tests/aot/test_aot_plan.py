@@ -75,8 +75,7 @@ def test_a_tiny_run_on_each_backend(tmp_path, target, remat):
 
 @pytest.mark.aot
 def test_memory_is_what_a_gpu_took(tmp_path):
-    """Of all of it, 1.6 % came after the measurement (docs/plan.md), and 0.8 % is jax 0.10.2's beside
-    0.11.2, which measured."""
+    """1.6 % came after the measurement (docs/plan.md), and 0.8 % by jax 0.10.2: it was 0.11.2's."""
     took = json.loads((ROOT / "benchmarks/results/gpu.json").read_text())
     figures = took["figures"]["train: olmo_jax, rows of 8 documents"]
     o = plan(tmp_path, "h200-1", f"--batch={took['rows']}", "--remat=none", model=OLMO2_1B)
