@@ -66,7 +66,8 @@ class Projection(nnx.Module):
             return product(w_OI, x_NI, self.rows_last, dtype)
         return int8.product(w_OI, self.scale[...], x_NI, self.rows_last).astype(dtype)
 
-    def __call__(self, x):
+    def __call__(self, *parts, make=None):
+        x = make(*parts) if make else parts[0]
         y = self.product(x.reshape(-1, x.shape[-1]), x.dtype).T
         if self.bias is not None:
             y = y + self.bias[...]

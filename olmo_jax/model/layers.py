@@ -46,14 +46,14 @@ class Linear(nnx.Module):
             init.constant((layers, shape[1]), ("layer", axes[1]), 0.0) if config.bias else None
         )
 
-    def __call__(self, x):
-        return self._named(linear(x, self.weight[...], self.axes, self.flat))
-
-    def of(self, make, *parts):
-        """Of make(*parts), which is made again in the backward pass: only the parts are kept."""
-        return self._named(linear_of(make, parts, self.weight[...], self.axes, self.flat))
-
-    def _named(self, y):
+    def __call__(self, *parts, make=None):
+        """Of one array, or of make(*parts), which is made again in the backward pass: only the
+        parts are kept for it."""
+        w = self.weight[...]
+        if make is None:
+            y = linear(*parts, w, self.axes, self.flat)
+        else:
+            y = linear_of(make, parts, w, self.axes, self.flat)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return checkpoint_name(y, self.name)
@@ -165,8 +165,8 @@ class MLP(nnx.Module):
         x_BTD = projected(x_BTD)
         up_BTF = self.up(x_BTD)
         if self.gate is not None:
-            return self.down.of(_swiglu, self.gate(x_BTD), up_BTF)
-        return self.down.of(partial(_gelu, approximate=self.kind == "gelu_tanh"), up_BTF)
+            return self.down(self.gate(x_BTD), up_BTF, make=_swiglu)
+        return self.down(up_BTF, make=partial(_gelu, approximate=self.kind == "gelu_tanh"))
 
 
 # A device keeps its part of the width from `up` to `down`.
