@@ -18,7 +18,7 @@ test: lint  ## Lint, type check, and every test but the slow ones
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp  ## The tests that take longer
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 test-aot: $(AOT)/stamp  ## Compile for TPUs and GPUs that are not there, and look at the programs
 	$(AOT)/bin/python -m pytest -m aot tests/aot
