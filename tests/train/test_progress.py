@@ -81,6 +81,7 @@ def test_the_cursor_comes_back_however_the_program_ends(ending):
     program = f"""
 import os, signal, time
 from olmo_jax.train.progress import Progress
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts with &
 with Progress(10, 0) as progress:
     progress.update(1, {ROW!r})
     time.sleep(0.3)
