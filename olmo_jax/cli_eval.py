@@ -220,13 +220,10 @@ def _harness(model: str, tasks: list[str], out: Path | None, options: dict[str, 
     from olmo_jax.eval.harness import evaluate
     from olmo_jax.eval.page import terminal_table
     from olmo_jax.eval.run import Results
-    from olmo_jax.files import write_error, write_file
+    from olmo_jax.files import make_folder_of, write_file
 
     if out is not None:
-        try:  # before the work, which a failure at its end would lose
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(out, error) from None
+        make_folder_of(out)
     content = evaluate(model, tasks, **options)
     _show(terminal_table(Results(content)))
     if out is not None:

@@ -169,16 +169,13 @@ def _write_texts(
     from rich.progress import Progress
 
     from olmo_jax.convert.load import fingerprint, load
-    from olmo_jax.files import write_error
+    from olmo_jax.files import make_folder_of, write_error
     from olmo_jax.generate.chat import load_text_files
     from olmo_jax.generate.engine import Engine, Request
     from olmo_jax.generate.text import encode_prompt, generate_texts
 
     if out:
-        try:  # before the work
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(out, error) from None
+        make_folder_of(out)
     files = load_text_files(model)
     eos = files.eos_ids[0] if files.eos_ids else None
     requests = [

@@ -54,6 +54,15 @@ def write_file(path: Path, text: str) -> None:
         raise write_error(path, error) from None
 
 
+def make_folder_of(path: Path) -> None:
+    """Before the work whose result a person wants in this file: a failure at its end would lose it.
+    Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
 def jsonl_lines(path: Path) -> Iterator[bytes]:
     """The lines of a run's log, or of its parts where it lies in a bucket (`train.parts`)."""
     if storage.is_remote(path):
